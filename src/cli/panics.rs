@@ -1,0 +1,13 @@
+//! Where a panic happened is known to its hook only: the command installs one, embedders decide for themselves.
+
+use std::panic;
+
+/// Logs each panic once, with thread and place, through the log instead of raw on standard error.
+pub(crate) fn install() {
+    panic::set_hook(Box::new(|info| {
+        let thread = std::thread::current();
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        let message = info.payload_as_str().unwrap_or("a payload that is not text");
+        tracing::error!(thread = thread.name().unwrap_or("?"), place, "panic: {message}");
+    }));
+}

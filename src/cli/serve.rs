@@ -1,0 +1,221 @@
+//! `ringleader serve`: the built-in application, or files, until a signal.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use ringleader::{Handle, HttpLimits, RestartPolicy, Server, Shard, Steering};
+use tracing_subscriber::EnvFilter;
+
+use super::{Failure, app};
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Address to listen on; may be given more than once
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    listen: Vec<String>,
+
+    /// Executors: a number, or `auto` for one per CPU that affinity and cgroup quota allow; more than CPUs is allowed
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = parse_executors)]
+    executors: Count,
+
+    /// CPUs to pin executors to, such as 0-3,8
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<String>,
+
+    /// How the kernel chooses the executor of a new connection
+    #[arg(long, value_enum, default_value = "random")]
+    steering: SteeringName,
+
+    /// Serve the files of this directory instead of the built-in application
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+
+    /// With --root: list directories that have no index.html
+    #[arg(long, requires = "root")]
+    listing: bool,
+
+    /// Add /chaos/panic, /chaos/spin?ms=N, /chaos/sleep?ms=N and /chaos/escape, which break things on purpose
+    #[arg(long)]
+    chaos: bool,
+
+    /// Connections open at once on one executor; default: what the limit on open files allows
+    #[arg(long, value_name = "N")]
+    connections: Option<u64>,
+
+    /// Connections that may wait to be accepted, per executor and address
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    backlog: u32,
+
+    /// Seconds a client may take over the head of a request
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]
+    header_timeout: f64,
+
+    /// Seconds a connection may be idle
+    #[arg(long, value_name = "SECONDS", default_value_t = 75.0, value_parser = parse_seconds)]
+    idle_timeout: f64,
+
+    /// Seconds between two pieces of a request body
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
+    body_timeout: f64,
+
+    /// Seconds that requests in flight may take after a signal to stop
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = parse_seconds)]
+    drain_timeout: f64,
+
+    /// Bytes of a request's head
+    #[arg(long, value_name = "BYTES", default_value_t = 32 * 1024, value_parser = parse_header_bytes)]
+    header_bytes: usize,
+
+    /// Header fields of a request
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    headers: usize,
+
+    /// Bytes of a request body; 0 is no limit
+    #[arg(long, value_name = "BYTES", default_value_t = 1024 * 1024)]
+    body_bytes: u64,
+
+    /// Failures within 30 s after which an executor is not restarted any more; 0 is never
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    quarantine_after: u32,
+
+    /// Milliseconds before the second restart in a row; doubles up to 15 s
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    restart_delay: u64,
+
+    /// Let other processes of this user listen on the same address, and share the traffic
+    #[arg(long)]
+    share_port: bool,
+
+    /// What to log: error, warn, info, debug, trace, or a filter such as ringleader=debug
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log: String,
+}
+
+#[derive(Clone, Copy)]
+enum Count {
+    Auto,
+    Number(usize),
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum SteeringName {
+    /// By chance: spreads the connections of one client, too
+    Random,
+    /// By addresses and ports: a retransmitted SYN meets the same executor
+    Hash,
+}
+
+fn parse_executors(text: &str) -> Result<Count, String> {
+    match text {
+        "auto" => Ok(Count::Auto),
+        "0" => Err("a server needs one executor at least".to_owned()),
+        _ => text.parse().map(Count::Number).map_err(|_| "give a number, or `auto`".to_owned()),
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "give a number of seconds".to_owned())?;
+    if (0.0..=1e9).contains(&seconds) { Ok(seconds) } else { Err("give 0 (no limit) to 1000000000 seconds".to_owned()) }
+}
+
+fn parse_header_bytes(text: &str) -> Result<usize, String> {
+    let bytes: usize = text.parse().map_err(|_| "give a number of bytes".to_owned())?;
+    if bytes >= 8192 { Ok(bytes) } else { Err("8192 bytes is the least".to_owned()) }
+}
+
+/// 0 stands for no limit.
+fn limit(seconds: f64) -> Option<Duration> {
+    (seconds > 0.0).then(|| Duration::from_secs_f64(seconds))
+}
+
+/// Serves until a signal, or until nothing is left that could.
+pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    start_logging(&arguments.log)?;
+    super::panics::install();
+    ringleader::raise_limits();
+    let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos)?;
+    let running =
+        builder(arguments)?.serve(async move |shard: Shard| Ok(app.clone().on(shard))).start().wait()?;
+    announce(&running, arguments);
+    let exit = running.join().wait()?;
+    if exit.abandoned > 0 {
+        return Err(Failure::Failed(format!("{} executors did not answer the order to stop", exit.abandoned)));
+    }
+    tracing::info!(drained = exit.drained, "stopped");
+    Ok(())
+}
+
+fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
+    let mut limits = HttpLimits::default();
+    limits.header_timeout = limit(arguments.header_timeout);
+    limits.idle_timeout = limit(arguments.idle_timeout);
+    limits.body_timeout = limit(arguments.body_timeout);
+    limits.header_bytes_max = arguments.header_bytes;
+    limits.headers_max = arguments.headers;
+    limits.body_bytes_max = if arguments.body_bytes == 0 { u64::MAX } else { arguments.body_bytes };
+    let mut restart = RestartPolicy::default();
+    restart.quarantine_after = arguments.quarantine_after;
+    restart.backoff_base = Duration::from_millis(arguments.restart_delay);
+    let mut builder = Server::builder()
+        .stop_on_signals()
+        .backlog(arguments.backlog)
+        .drain_timeout(Duration::from_secs_f64(arguments.drain_timeout))
+        .share_port(arguments.share_port)
+        .restart(restart)
+        .http_limits(limits)
+        .steering(match arguments.steering {
+            SteeringName::Random => Steering::Random,
+            SteeringName::Hash => Steering::Hash,
+        });
+    for address in &arguments.listen {
+        builder = builder.listen(address.as_str());
+    }
+    if let Count::Number(count) = arguments.executors {
+        builder = builder.executors(count);
+    }
+    if let Some(list) = &arguments.cpus {
+        builder = builder.cpus(ringleader::parse_cpu_list(list).map_err(Failure::Usage)?);
+    }
+    if let Some(count) = arguments.connections {
+        builder = builder.connections_max(count);
+    }
+    Ok(builder)
+}
+
+fn start_logging(filter: &str) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(filter).map_err(|error| Failure::Usage(format!("--log {filter}: {error}")))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr).init();
+    Ok(())
+}
+
+/// What an operator wants to see at the start.
+fn announce(handle: &Handle, arguments: &Arguments) {
+    let addresses: Vec<String> = handle.local_addrs().iter().map(|address| format!("http://{address}")).collect();
+    let cpus = handle.cpus();
+    tracing::info!("serving on {}", addresses.join(" and "));
+    tracing::info!("{} executors on CPUs {cpus:?}, one listener each; process {}", cpus.len(), std::process::id());
+    tracing::info!(
+        "limits: {} connections per executor, backlog {}, head {} bytes and {} fields in {}, body {} in pieces of {}, idle {}, drain {}",
+        handle.connections_max(),
+        arguments.backlog,
+        arguments.header_bytes,
+        arguments.headers,
+        seconds(arguments.header_timeout),
+        if arguments.body_bytes == 0 { "unlimited".to_owned() } else { format!("{} bytes", arguments.body_bytes) },
+        seconds(arguments.body_timeout),
+        seconds(arguments.idle_timeout),
+        seconds(arguments.drain_timeout),
+    );
+    if arguments.chaos {
+        tracing::warn!("--chaos: anybody who can connect can break this server");
+    }
+    handle.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+}
+
+fn seconds(seconds: f64) -> String {
+    if seconds == 0.0 { "no limit".to_owned() } else { format!("{seconds} s") }
+}
+

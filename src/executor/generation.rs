@@ -1,0 +1,330 @@
+//! One generation: from the start-up closure to teardown. Its main loop runs turns of its own inside glommio's
+//! executor and hands over to glommio by the clock, or when there is nothing else to do.
+//!
+//! A turn: take in completions, look into the inbox, fire timers, accept, poll what is ready. When nothing is ready the
+//! executor sleeps, on one of two levels: in its own ring while there was traffic a moment ago (one system call, no
+//! timer of its own), through glommio when it is idle or waits for glommio's files.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::accept::{Acceptor, watched};
+use super::core::{Core, Failure};
+use super::inbox::Order;
+use super::park::{Doorbell, hand_over};
+use super::slot::SlotSeat;
+use super::tasks::{OnPanic, message};
+use crate::files;
+use crate::net::driver::Arrivals;
+use crate::net::stream::Stream;
+use crate::server::{Connect, Factory};
+use crate::shard::Shard;
+
+/// How often glommio is served while the executor is busy and glommio is known to have work.
+const HAND_OVER_BUSY: Duration = Duration::from_millis(1);
+/// The same when it is not known to have any. This bounds how late something is served that an embedder started on
+/// glommio behind our back. A hand-over costs 3 to 10 system calls: at 10 ms that is under 0.5 % of a core.
+const HAND_OVER_GUARD: Duration = Duration::from_millis(10);
+/// The longest sleep of an idle executor: two wake-ups a second, as a guard against glommio losing a wake.
+const PARK_MAX: Duration = Duration::from_millis(500);
+/// How long a connection that has not spoken may take to do so once a drain has begun.
+pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
+
+/// How a generation ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// It drained: true when everything had finished by the deadline.
+    Drained { in_time: bool },
+    /// It was told to end at once.
+    Stopped,
+    Failed(Failure),
+}
+
+/// What the turns of a generation have between them.
+struct Generation {
+    core: Rc<Core>,
+    acceptor: Option<Acceptor>,
+    connect: Rc<RefCell<Option<Rc<dyn Connect>>>>,
+    arrivals: Arrivals,
+    ended: Option<Ended>,
+    handed_over: Instant,
+    /// Whether anything but a tick came since the last sleep.
+    active: bool,
+    announced: bool,
+}
+
+/// What to do after a turn.
+enum Next {
+    Turn,
+    HandOver,
+    /// Sleep through glommio, this long at most.
+    Park(Duration),
+    End,
+}
+
+/// Runs generation `number` in `seat` until it ends, and takes it down.
+pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell) -> Ended {
+    let core = match start(seat, number, bell) {
+        Ok(core) => core,
+        Err(error) => return Ended::Failed(Failure::Start(format!("setting up the executor's io_uring: {error}"))),
+    };
+    let connect = boot(&core, Arc::clone(&seat.factory));
+    let mut generation = Generation {
+        acceptor: None,
+        connect,
+        arrivals: Arrivals::default(),
+        ended: None,
+        handed_over: Instant::now(),
+        active: true,
+        announced: false,
+        core: Rc::clone(&core),
+    };
+    let ended = generation.turns(seat, bell).await;
+    // The user's things may panic when they are dropped; the ring must come down all the same.
+    let dropped = catch_unwind(AssertUnwindSafe(|| {
+        core.tasks.clear();
+        drop(generation);
+    }));
+    if let Err(payload) = dropped {
+        tracing::error!(slot = core.slot, panic = message(payload), "an executor's state panicked while it was dropped");
+    }
+    core.tear_down();
+    ended
+}
+
+fn start(seat: &SlotSeat, number: u64, bell: &Doorbell) -> io::Result<Rc<Core>> {
+    let core =
+        Core::new(seat.slot, number, Arc::clone(&seat.settings), Arc::clone(&seat.inbox), Arc::clone(&seat.cells))?;
+    seat.cells.generation.set(number);
+    seat.cells.open.set(0);
+    seat.cells.in_flight.set(0);
+    let prepared = (|| {
+        let mut driver = core.driver();
+        driver.ring().register_eventfd(bell.as_fd())?;
+        driver.ring().signal_eventfd(false);
+        driver.watch_inbox(seat.inbox.as_fd());
+        Ok(())
+    })();
+    match prepared {
+        Ok(()) => Ok(core),
+        Err(error) => {
+            core.tear_down();
+            Err(error)
+        }
+    }
+}
+
+/// Starts the start-up closure as a task; what it makes appears in the cell it returns.
+fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>) -> Rc<RefCell<Option<Rc<dyn Connect>>>> {
+    let place = Rc::new(RefCell::new(None));
+    let (made, home) = (Rc::clone(&place), Rc::clone(core));
+    let shard = Shard::new(core);
+    let start = async move {
+        match factory.boot(shard).await {
+            Ok(connect) => *made.borrow_mut() = Some(connect),
+            Err(error) => home.fail(Failure::Start(error.to_string())),
+        }
+    };
+    core.spawn(Box::pin(start), OnPanic::Escape);
+    place
+}
+
+impl Generation {
+    async fn turns(&mut self, seat: &SlotSeat, bell: &mut Doorbell) -> Ended {
+        loop {
+            // A panic in what follows is ours, not a task's: it costs this generation.
+            match catch_unwind(AssertUnwindSafe(|| self.turn(seat))) {
+                Ok(Next::Turn) => {}
+                Ok(Next::HandOver) => {
+                    hand_over().await;
+                    self.handed_over = Instant::now();
+                }
+                Ok(Next::Park(limit)) => {
+                    self.core.driver().ring().signal_eventfd(true);
+                    // What the kernel completed before the signal was switched on would ring no bell.
+                    if !self.core.driver().ring().wants_enter() {
+                        bell.wait(limit).await;
+                    }
+                    self.core.driver().ring().signal_eventfd(false);
+                    seat.inbox.awake();
+                    self.handed_over = Instant::now();
+                }
+                Ok(Next::End) => return self.ended.take().unwrap_or(Ended::Stopped),
+                Err(payload) => return Ended::Failed(Failure::Panicked(message(payload))),
+            }
+        }
+    }
+
+    fn turn(&mut self, seat: &SlotSeat) -> Next {
+        let core = Rc::clone(&self.core);
+        core.begin_turn(Instant::now());
+        core.cells.turns.add(1);
+        self.take_in(seat);
+        core.fire_timers();
+        self.accept();
+        core.tasks.poll_ready(|on_panic, panic| contained_or_not(&core, on_panic, panic));
+        core.driver().end_turn();
+        self.announce(seat);
+        if self.is_over() { Next::End } else { self.sleep_or_go_on(seat) }
+    }
+
+    /// Completions of the ring and what is in the inbox.
+    fn take_in(&mut self, seat: &SlotSeat) {
+        self.enter(false);
+        for listener in self.arrivals.listeners.drain(..) {
+            if let Some(acceptor) = &mut self.acceptor {
+                acceptor.note_ready(listener);
+            }
+        }
+        if seat.inbox.is_filled() {
+            self.active = true;
+            seat.inbox.begin();
+            while let Some(index) = seat.inbox.next_wake() {
+                self.core.tasks.woken_elsewhere(index);
+            }
+            while let Some(order) = seat.inbox.next_order() {
+                self.obey(order);
+            }
+            while let Some(job) = seat.inbox.next_job() {
+                job(&self.core);
+            }
+        }
+    }
+
+    fn enter(&mut self, wait: bool) {
+        self.arrivals.activity = false;
+        if let Err(error) = self.core.driver().turn(wait, &mut self.arrivals) {
+            self.core.fail(Failure::Panicked(format!("io_uring_enter: {error}")));
+        }
+        self.active |= self.arrivals.activity;
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Drain { deadline } => {
+                // Take what the kernel has completed already, then let go of the listeners: from here on new clients
+                // are refused, not left waiting.
+                self.accept_rest();
+                self.acceptor = None;
+                self.core.drain(deadline);
+            }
+            Order::Stop | Order::Quit => self.ended = Some(Ended::Stopped),
+            Order::Start(number) => {
+                debug_assert!(false, "ordered to start generation {number} while one lives");
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        let (core, connect) = (Rc::clone(&self.core), self.connect.borrow().clone());
+        let (Some(acceptor), Some(connect)) = (&mut self.acceptor, connect) else { return };
+        if acceptor.has_work(core.now(), core.cells.open.get()) {
+            self.active = true;
+            acceptor.accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, &*connect, fd, peer, name));
+        }
+    }
+
+    /// Accepts until the queues are empty (or the connection limit is reached).
+    fn accept_rest(&mut self) {
+        let most = self.acceptor.as_ref().map_or(0, |acceptor| acceptor.listeners().len() * 128);
+        for _ in 0..most {
+            if let Some(acceptor) = &mut self.acceptor {
+                (0..acceptor.listeners().len() as u32).for_each(|listener| acceptor.note_ready(listener));
+            }
+            let before = self.core.cells.accepted.get();
+            self.accept();
+            if self.core.cells.accepted.get() == before {
+                break;
+            }
+        }
+    }
+
+    /// Once the service is there: starts to accept, and says so.
+    fn announce(&mut self, seat: &SlotSeat) {
+        if self.announced || self.connect.borrow().is_none() {
+            return;
+        }
+        self.announced = true;
+        let open_max = self.core.settings.connections_max;
+        if let (Some(listeners), None) = (seat.listeners(), self.core.draining()) {
+            for (index, listener) in listeners.iter().enumerate() {
+                self.core.driver().watch_listener(watched(listener), index as u32);
+            }
+            self.acceptor = Some(Acceptor::new(listeners, open_max));
+        }
+        seat.ready(self.core.generation);
+        self.active = true;
+    }
+
+    fn is_over(&mut self) -> bool {
+        if let Some(failure) = self.core.failure() {
+            self.ended = Some(Ended::Failed(failure.clone()));
+        } else if let (None, Some(deadline)) = (&self.ended, self.core.draining()) {
+            let finished = self.core.cells.open.get() == 0;
+            if finished || self.core.now() >= deadline {
+                self.ended = Some(Ended::Drained { in_time: finished });
+            }
+        }
+        self.ended.is_some()
+    }
+
+    fn sleep_or_go_on(&mut self, seat: &SlotSeat) -> Next {
+        let core = Rc::clone(&self.core);
+        let now = core.now();
+        let glommio_works = files::outstanding() > 0;
+        let due = if glommio_works { HAND_OVER_BUSY } else { HAND_OVER_GUARD };
+        let open = core.cells.open.get();
+        let busy = core.tasks.has_ready() || self.acceptor.as_ref().is_some_and(|acceptor| acceptor.has_work(now, open));
+        if busy {
+            return if now.duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn };
+        }
+        if !seat.inbox.fall_asleep() {
+            return Next::Turn;
+        }
+        core.cells.sleeps.add(1);
+        if glommio_works || !std::mem::take(&mut self.active) {
+            // Submit what is queued before sleeping elsewhere; what completes meanwhile rings.
+            if core.driver().ring().wants_enter() {
+                seat.inbox.awake();
+                self.active = true;
+                self.enter(false);
+                return Next::Turn;
+            }
+            return Next::Park(self.next_deadline().map_or(PARK_MAX, |at| at.saturating_duration_since(now)).min(PARK_MAX));
+        }
+        let latest = now + HAND_OVER_GUARD;
+        core.driver().wake_by(self.next_deadline().map_or(latest, |at| at.min(latest)), now);
+        self.enter(true);
+        seat.inbox.awake();
+        if core.now().duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn }
+    }
+
+    /// When something is to be done although nothing arrives.
+    fn next_deadline(&self) -> Option<Instant> {
+        let rest = self.acceptor.as_ref().and_then(Acceptor::rest_until);
+        [self.core.next_timer(), self.core.draining(), rest].into_iter().flatten().min()
+    }
+}
+
+fn adopt(core: &Rc<Core>, connect: &dyn Connect, fd: OwnedFd, peer: SocketAddr, name: &Arc<str>) {
+    let key = core.driver().adopt(fd);
+    let stream = Stream::new(Rc::clone(core), key);
+    core.cells.open.add(1);
+    core.spawn(connect.connect(stream, peer, name), OnPanic::Contain);
+}
+
+fn contained_or_not(core: &Core, on_panic: OnPanic, panic: String) {
+    match on_panic {
+        OnPanic::Contain => {
+            core.cells.panics_contained.add(1);
+            tracing::error!(slot = core.slot, generation = core.generation, panic, "a task panicked; it alone has ended");
+        }
+        OnPanic::Escape => core.fail(Failure::Panicked(panic)),
+    }
+}

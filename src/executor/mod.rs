@@ -1,0 +1,13 @@
+//! A slot's life: its pinned thread with glommio's executor on it, and in that one generation after the other.
+//!
+//! Reading order: [`slot`] (the thread), [`generation`] (the main future and its turns), [`core`] (what a generation's
+//! parts share), [`tasks`], [`inbox`], [`park`] (sleeping).
+
+pub(crate) mod accept;
+pub(crate) mod cells;
+pub(crate) mod core;
+pub(crate) mod generation;
+pub(crate) mod inbox;
+pub(crate) mod park;
+pub(crate) mod slot;
+pub(crate) mod tasks;

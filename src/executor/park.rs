@@ -1,0 +1,84 @@
+//! Sleeping through glommio: for the executor that is idle, or that waits for glommio's files.
+//!
+//! Two eventfds stay readable through glommio's own ring: one that our ring signals with each completion, one that the
+//! inbox signals. Both belong to the slot's outer future, for a glommio file is to be closed before the executor ends.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use glommio::io::BufferedFile;
+use glommio::timer::Timer;
+
+/// The shortest glommio timer that makes the executor go through its reactor; a zero timer never yields.
+const HAND_OVER: Duration = Duration::from_micros(5);
+
+/// Lets glommio serve its timers, files and foreign wakes.
+pub(crate) async fn hand_over() {
+    Timer::new(HAND_OVER).await;
+}
+
+type Read = Pin<Box<dyn Future<Output = ()>>>;
+
+/// An eventfd that can be waited for through glommio.
+pub(crate) struct Doorbell {
+    file: Rc<BufferedFile>,
+    /// A read in flight, kept over waits: dropping it would cancel it.
+    read: Option<Read>,
+}
+
+impl Doorbell {
+    /// `eventfd` must be in blocking mode: a non-blocking one would answer EAGAIN instead of waiting.
+    pub(crate) fn new(eventfd: OwnedFd) -> Self {
+        // SAFETY: the descriptor is ours and open, and is given to the file, which closes it.
+        let file = unsafe { BufferedFile::from_raw_fd(eventfd.into_raw_fd()) };
+        Self { file: Rc::new(file), read: None }
+    }
+
+    /// Completes when the eventfd has been signalled since the last time, or after `limit`.
+    pub(crate) async fn wait(&mut self, limit: Duration) {
+        let mut timer = Timer::new(limit);
+        let read = self.read.get_or_insert_with(|| {
+            let file = Rc::clone(&self.file);
+            Box::pin(async move {
+                // An error means that the eventfd is gone, which only teardown does; the limit bounds it anyway.
+                let _ = file.read_at(0, 8).await;
+            })
+        });
+        let rung = poll_fn(|context| {
+            if read.as_mut().poll(context).is_ready() {
+                return Poll::Ready(true);
+            }
+            Pin::new(&mut timer).poll(context).map(|_| false)
+        })
+        .await;
+        if rung {
+            self.read = None;
+        }
+    }
+
+    /// Closes the file; to be awaited before the executor ends.
+    pub(crate) async fn close(mut self) {
+        drop(self.read.take());
+        if let Ok(file) = Rc::try_unwrap(self.file) {
+            let _ = file.close().await;
+        }
+    }
+}
+
+impl AsFd for Doorbell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the file is open as long as `self` is.
+        unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }
+    }
+}
+
+/// Doubles a descriptor, close-on-exec.
+pub(crate) fn double(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    fd.try_clone_to_owned()
+}

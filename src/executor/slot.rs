@@ -1,0 +1,163 @@
+//! A slot's thread: glommio's executor, pinned to the slot's CPU, and the outer future in which generations come and
+//! go. The executor lives as long as the slot, since replacing it leaks an eventfd of glommio's; a generation that fails
+//! leaves nothing behind.
+
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
+
+use super::accept::Listener;
+use super::cells::Cells;
+use super::generation::{self, Ended};
+use super::inbox::{Inbox, Order};
+use super::park::{Doorbell, double};
+use crate::server::Factory;
+use crate::settings::Settings;
+use crate::sys::eventfd::EventFd;
+
+/// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
+const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
+/// Entries of each of glommio's three rings; they carry file reads, timers and two eventfds here.
+const GLOMMIO_RING_DEPTH: usize = 64;
+/// Large on purpose: with a short one glommio 0.9 can park with runnable work (see ARCHITECTURE.md, "Parking").
+const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);
+
+/// What a slot's thread tells the supervisor.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// The generation serves.
+    Ready { slot: u16, generation: u64 },
+    /// The generation has ended and is torn down.
+    Ended { slot: u16, generation: u64, ended: Ended },
+    /// The thread ends, expected or not: the last report of it.
+    ThreadEnded { slot: u16, thread: u32 },
+}
+
+/// Where reports go; called on the slot's thread.
+pub(crate) type Reports = Arc<dyn Fn(Report) + Send + Sync>;
+
+/// What is permanent about a slot. Shared by the supervisor and the slot's thread.
+pub(crate) struct SlotSeat {
+    pub slot: u16,
+    pub cpu: usize,
+    pub settings: Arc<Settings>,
+    pub factory: Arc<dyn Factory>,
+    pub inbox: Arc<Inbox>,
+    pub cells: Arc<Cells>,
+    pub reports: Reports,
+    /// Closed when the last of supervisor and generation lets go, which is after a drain has begun.
+    listeners: Mutex<Option<Arc<Vec<Listener>>>>,
+}
+
+impl SlotSeat {
+    pub(crate) fn new(
+        slot: u16,
+        cpu: usize,
+        settings: Arc<Settings>,
+        factory: Arc<dyn Factory>,
+        reports: Reports,
+        listeners: Vec<Listener>,
+    ) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            slot,
+            cpu,
+            settings,
+            factory,
+            inbox: Arc::new(Inbox::new()?),
+            cells: Arc::new(Cells::default()),
+            reports,
+            listeners: Mutex::new(Some(Arc::new(listeners))),
+        }))
+    }
+
+    /// The slot's listeners, until the server stops.
+    pub(crate) fn listeners(&self) -> Option<Arc<Vec<Listener>>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets go of the listeners: a generation that accepts from them still holds on until it has emptied their queues.
+    pub(crate) fn release_listeners(&self) {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    pub(crate) fn ready(&self, generation: u64) {
+        (self.reports)(Report::Ready { slot: self.slot, generation });
+    }
+}
+
+/// Starts the slot's thread, the `thread`th of the slot; it waits for orders.
+///
+/// # Errors
+/// When the thread cannot be made.
+pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<JoinHandle<()>> {
+    let name = format!("{}-{}", seat.settings.name, seat.slot);
+    std::thread::Builder::new().name(name).spawn(move || {
+        let _guard = ThreadGuard(Arc::clone(&seat), thread);
+        execute(&seat);
+    })
+}
+
+/// Tells the supervisor of the thread's end, whatever brought it about.
+struct ThreadGuard(Arc<SlotSeat>, u32);
+
+impl Drop for ThreadGuard {
+    fn drop(&mut self) {
+        (self.0.reports)(Report::ThreadEnded { slot: self.0.slot, thread: self.1 });
+    }
+}
+
+fn execute(seat: &SlotSeat) {
+    let executor = LocalExecutorBuilder::new(Placement::Fixed(seat.cpu))
+        .name(&seat.settings.name)
+        .io_memory(GLOMMIO_IO_MEMORY_BYTES)
+        .ring_depth(GLOMMIO_RING_DEPTH)
+        .preempt_timer(GLOMMIO_PREEMPT)
+        .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
+        .make();
+    match executor {
+        Ok(executor) => executor.run(outer(seat)),
+        Err(error) => tracing::error!(slot = seat.slot, cpu = seat.cpu, %error, "glommio could not make an executor"),
+    }
+}
+
+async fn outer(seat: &SlotSeat) {
+    let (mut ring_bell, mut inbox_bell) = match bells(seat) {
+        Ok(bells) => bells,
+        Err(error) => {
+            tracing::error!(slot = seat.slot, %error, "making the eventfds of an executor");
+            return;
+        }
+    };
+    loop {
+        seat.inbox.begin();
+        match seat.inbox.next_order() {
+            Some(Order::Start(number)) => {
+                let ended = generation::run(seat, number, &mut ring_bell).await;
+                (seat.reports)(Report::Ended { slot: seat.slot, generation: number, ended });
+            }
+            Some(Order::Quit) => break,
+            // There is no generation to drain or stop.
+            Some(Order::Drain { .. } | Order::Stop) => {}
+            None => {
+                // Jobs for a generation that has gone are dropped: their senders see their answers lost.
+                while seat.inbox.next_job().is_some() {}
+                while seat.inbox.next_wake().is_some() {}
+                if seat.inbox.fall_asleep() {
+                    inbox_bell.wait(Duration::from_secs(1)).await;
+                    seat.inbox.awake();
+                }
+            }
+        }
+    }
+    ring_bell.close().await;
+    inbox_bell.close().await;
+}
+
+fn bells(seat: &SlotSeat) -> std::io::Result<(Doorbell, Doorbell)> {
+    let ring = EventFd::new()?;
+    let inbox = double(seat.inbox.as_fd())?;
+    Ok((Doorbell::new(ring.into()), Doorbell::new(inbox)))
+}

@@ -1,0 +1,232 @@
+//! What the one who started a server holds of it.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::Error;
+use crate::executor::cells::Cells;
+use crate::order::{Order, Promise};
+use crate::shard::SlotId;
+use crate::supervisor::Message;
+
+/// How to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stop {
+    /// Close every connection at once.
+    Now,
+    /// Accept nothing more, answer what has been asked, close what is left after this time.
+    Drain(Duration),
+}
+
+/// How a server ended, when it ended as it was told to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Exit {
+    /// Every connection finished before the drain's deadline. False after [`Stop::Now`].
+    pub drained: bool,
+    /// Executors that did not answer the order to stop; their threads were left behind.
+    pub abandoned: usize,
+}
+
+/// The counters of one slot at one moment, over all its generations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExecutorStats {
+    /// The slot.
+    pub slot: SlotId,
+    /// The generation that lives in it, or lived last.
+    pub generation: u64,
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Connections open now.
+    pub open: u64,
+    /// Requests handed to the service.
+    pub requests: u64,
+    /// Requests being answered now.
+    pub in_flight: u64,
+    /// Panics that cost their connection or task only.
+    pub panics_contained: u64,
+    /// Connections closed unanswered for want of file descriptors.
+    pub shed: u64,
+    /// Connections closed because the client took too long.
+    pub timed_out: u64,
+    /// Turns of the executor's loop.
+    pub turns: u64,
+    /// Times the executor went to sleep.
+    pub sleeps: u64,
+}
+
+impl ExecutorStats {
+    pub(crate) fn read(slot: u16, cells: &Cells) -> Self {
+        Self {
+            slot: SlotId(slot),
+            generation: cells.generation.get(),
+            accepted: cells.accepted.get(),
+            open: cells.open.get(),
+            requests: cells.requests.get(),
+            in_flight: cells.in_flight.get(),
+            panics_contained: cells.panics_contained.get(),
+            shed: cells.shed.get(),
+            timed_out: cells.timed_out.get(),
+            turns: cells.turns.get(),
+            sleeps: cells.sleeps.get(),
+        }
+    }
+}
+
+/// A server's counters at one moment. Each is read by itself: they may differ by what happened between two reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Whether the server is fit to take traffic.
+    pub ready: bool,
+    /// One for each slot, in order.
+    pub executors: Vec<ExecutorStats>,
+}
+
+/// What handles and the supervisor share.
+pub(crate) struct Shared {
+    pub addresses: Vec<SocketAddr>,
+    pub warnings: Vec<String>,
+    pub slots: Vec<Slot>,
+    pub connections_max: u64,
+    pub ready: AtomicBool,
+    pub messages: Sender<Message>,
+    pub exit: Mutex<Waiting>,
+}
+
+/// A slot as handles see it.
+pub(crate) struct Slot {
+    pub cpu: usize,
+    pub cells: Arc<Cells>,
+}
+
+/// Who waits for the end, until it is known.
+pub(crate) enum Waiting {
+    For(Vec<Promise<Exit>>),
+    Ended(Result<Exit, Error>),
+}
+
+impl Shared {
+    /// Tells everybody how the server ended.
+    pub(crate) fn ended(&self, outcome: Result<Exit, Error>) {
+        let mut waiting = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Waiting::For(promises) = std::mem::replace(&mut *waiting, Waiting::Ended(outcome.clone())) {
+            promises.into_iter().for_each(|promise| promise.fulfil(outcome.clone()));
+        }
+    }
+
+    fn exit(&self) -> Order<Exit> {
+        let mut waiting = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *waiting {
+            Waiting::Ended(outcome) => Order::done(outcome.clone()),
+            Waiting::For(promises) => {
+                let (promise, order) = Order::new();
+                promises.push(promise);
+                order
+            }
+        }
+    }
+}
+
+/// Looks at a running server and gives it orders; clone it as you like. It does not keep the server running.
+#[derive(Clone)]
+pub struct Handle(pub(crate) Arc<Shared>);
+
+impl Handle {
+    /// The addresses that are listened on, with the ports the system chose.
+    #[must_use]
+    pub fn local_addrs(&self) -> &[SocketAddr] {
+        &self.0.addresses
+    }
+
+    /// What works less well than it could on this system, each in a sentence.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.0.warnings
+    }
+
+    /// The CPU of each slot's executor, in order of the slots.
+    #[must_use]
+    pub fn cpus(&self) -> Vec<usize> {
+        self.0.slots.iter().map(|slot| slot.cpu).collect()
+    }
+
+    /// Connections that may be open at once on one executor.
+    #[must_use]
+    pub fn connections_max(&self) -> u64 {
+        self.0.connections_max
+    }
+
+    /// The server's counters now. Costs the executors nothing.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let read = |(slot, cells): (usize, &Slot)| ExecutorStats::read(slot as u16, &cells.cells);
+        Stats {
+            ready: self.0.ready.load(Ordering::Relaxed),
+            executors: self.0.slots.iter().enumerate().map(read).collect(),
+        }
+    }
+
+    /// Orders a stop. A second order during a drain makes it stop at once if it says [`Stop::Now`].
+    pub fn stop(&self, how: Stop) -> Order<Exit> {
+        // The supervisor is gone when the server has ended, and then the outcome is there.
+        let _ = self.0.messages.send(Message::Stop(how));
+        self.0.exit()
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Handle").field("addresses", &self.0.addresses).finish_non_exhaustive()
+    }
+}
+
+/// A running server's owner. Dropping it orders an immediate stop, and does not wait for it.
+#[must_use = "dropping `Running` stops the server"]
+#[derive(Debug)]
+pub struct Running {
+    handle: Handle,
+    joined: bool,
+}
+
+impl Running {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { handle: Handle(shared), joined: false }
+    }
+
+    /// A handle that may be cloned and sent about.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits for the server's end, which somebody else orders: a handle, or a signal.
+    pub fn join(mut self) -> Order<Exit> {
+        self.joined = true;
+        self.handle.0.exit()
+    }
+}
+
+impl Deref for Running {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.joined {
+            let _ = self.handle.0.messages.send(Message::Stop(Stop::Now));
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! What lies between an executor and its sockets: the ring and what drives it, streams, timers.
+
+pub(crate) mod driver;
+pub(crate) mod ring;
+pub(crate) mod stream;
+pub(crate) mod wheel;

@@ -1,0 +1,131 @@
+//! The receive buffers that the kernel picks from: a provided-buffer ring and the memory behind it.
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use io_uring::types::BufRingEntry;
+
+/// A buffer the kernel has filled and handed out. Whoever holds one has the only access to its bytes until it is
+/// recycled; it cannot be cloned.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    id: u16,
+    len: u32,
+}
+
+impl Buffer {
+    pub(super) fn taken(id: u16, len: u32) -> Self {
+        Self { id, len }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len as usize
+    }
+}
+
+/// `count` buffers of `bytes` each, all offered to the kernel at first.
+pub(super) struct Buffers {
+    map: Map,
+    count: u16,
+    bytes: u32,
+    /// Free-running index of the next entry to publish.
+    tail: u16,
+}
+
+impl Buffers {
+    pub(super) fn new(count: u16, bytes: u32) -> io::Result<Self> {
+        assert!(count.is_power_of_two() && count <= 1 << 15, "a buffer ring has 2^n entries, 32768 at most");
+        let entries = usize::from(count) * size_of::<BufRingEntry>();
+        let map = Map::new(entries.next_multiple_of(4096), usize::from(count) * bytes as usize)?;
+        let mut buffers = Self { map, count, bytes, tail: 0 };
+        for id in 0..count {
+            buffers.publish(id);
+        }
+        Ok(buffers)
+    }
+
+    pub(super) fn ring_address(&self) -> u64 {
+        self.map.entries.as_ptr() as u64
+    }
+
+    pub(super) fn count(&self) -> u16 {
+        self.count
+    }
+
+    pub(super) fn bytes(&self, buffer: &Buffer) -> &[u8] {
+        debug_assert!(buffer.id < self.count && buffer.len <= self.bytes);
+        // SAFETY: the range lies inside the map (ids come from the kernel, which only knows ids we published, lengths
+        // are at most what we offered), was filled before the completion was posted, and is not offered again while
+        // the `Buffer` exists, so nobody writes to it.
+        unsafe { std::slice::from_raw_parts(self.address(buffer.id), buffer.len()) }
+    }
+
+    pub(super) fn recycle(&mut self, buffer: Buffer) {
+        self.publish(buffer.id);
+    }
+
+    fn address(&self, id: u16) -> *mut u8 {
+        // SAFETY: `id < count`, so the offset stays inside the data part of the map.
+        unsafe { self.map.data.as_ptr().add(usize::from(id) * self.bytes as usize) }
+    }
+
+    fn publish(&mut self, id: u16) {
+        let address = self.address(id) as u64;
+        let index = usize::from(self.tail & (self.count - 1));
+        let base = self.map.entries.as_ptr().cast::<BufRingEntry>();
+        // SAFETY: `index < count`. The kernel reads an entry only below the published tail and has consumed this one
+        // (there are never more than `count` buffers about), so the write races with nobody. The tail overlays the
+        // unused last field of entry 0, where the setters below do not reach.
+        unsafe {
+            let entry = &mut *base.add(index);
+            entry.set_addr(address);
+            entry.set_len(self.bytes);
+            entry.set_bid(id);
+        }
+        self.tail = self.tail.wrapping_add(1);
+        // SAFETY: the tail is an aligned u16 inside the map, read by the kernel with acquire semantics.
+        unsafe { AtomicU16::from_ptr(BufRingEntry::tail(base).cast_mut()).store(self.tail, Ordering::Release) };
+    }
+
+    /// Gives up the memory for ever: the kernel may still write to it.
+    pub(super) fn leak(&mut self) {
+        self.map.leaked = true;
+    }
+}
+
+/// Anonymous pages; those never touched take no memory.
+struct Map {
+    entries: NonNull<u8>,
+    data: NonNull<u8>,
+    length: usize,
+    leaked: bool,
+}
+
+impl Map {
+    fn new(entries: usize, data: usize) -> io::Result<Self> {
+        let length = entries + data;
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a fresh anonymous mapping aliases nothing.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // A child of fork() must not share pages the kernel writes to.
+        // SAFETY: the range is the mapping just made.
+        unsafe { libc::madvise(address, length, libc::MADV_DONTFORK) };
+        let entries_start = NonNull::new(address.cast::<u8>()).expect("mmap does not map page zero");
+        // SAFETY: `entries <= length`, inside the mapping.
+        let data_start = unsafe { entries_start.add(entries) };
+        Ok(Self { entries: entries_start, data: data_start, length, leaked: false })
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        if !self.leaked {
+            // SAFETY: the mapping made in `new`, unmapped once; the owner has seen to it that the kernel is done.
+            unsafe { libc::munmap(self.entries.as_ptr().cast(), self.length) };
+        }
+    }
+}

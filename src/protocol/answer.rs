@@ -1,0 +1,205 @@
+//! From a service's result to the response hyper sends: contained panics, errors with their status, and a body that
+//! tells its connection when it is done.
+
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes};
+use http::{HeaderValue, StatusCode, header};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use super::http1::Activity;
+use crate::body::BodyError;
+use crate::executor::core::Core;
+use crate::executor::tasks::message;
+use crate::service::Reject;
+use crate::{BoxError, Response};
+
+pin_project! {
+    /// Polls and drops a service's future with panics caught: `Err` is the panic's message.
+    pub(crate) struct Contained<F> {
+        #[pin]
+        future: Option<F>,
+    }
+}
+
+impl<F> Contained<F> {
+    pub(crate) fn new(future: F) -> Self {
+        Self { future: Some(future) }
+    }
+}
+
+impl<F: Future> Future for Contained<F> {
+    type Output = Result<F::Output, String>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        let polled = catch_unwind(AssertUnwindSafe(|| match this.future.as_mut().as_pin_mut() {
+            Some(future) => future.poll(context),
+            None => Poll::Pending,
+        }));
+        let output = match polled {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(output)) => Ok(output),
+            Err(payload) => Err(message(payload)),
+        };
+        // Dropped here, caught on its own: its fields' drops may panic as well.
+        match catch_unwind(AssertUnwindSafe(|| this.future.set(None))) {
+            Ok(()) => Poll::Ready(output),
+            Err(payload) => Poll::Ready(output.and(Err(message(payload)))),
+        }
+    }
+}
+
+/// Counts a request as being answered, from the service's call to the end of the response's body.
+pub(crate) struct InFlight {
+    core: Rc<Core>,
+    activity: Rc<Activity>,
+}
+
+impl InFlight {
+    pub(crate) fn begin(core: &Rc<Core>, activity: &Rc<Activity>) -> Self {
+        core.cells.requests.add(1);
+        core.cells.in_flight.add(1);
+        activity.request_began();
+        Self { core: Rc::clone(core), activity: Rc::clone(activity) }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.core.cells.in_flight.subtract(1);
+        self.activity.request_ended(self.core.now());
+    }
+}
+
+pin_project! {
+    /// A response's body: the service's, or a text of ours.
+    pub(crate) struct AnswerBody<B> {
+        #[pin]
+        body: Option<B>,
+        text: Option<Bytes>,
+        // Dropped with the body, when hyper is done with it.
+        in_flight: InFlight,
+    }
+}
+
+/// A piece of either.
+pub(crate) enum Chunk<D> {
+    Service(D),
+    Text(Bytes),
+}
+
+impl<D: Buf> Buf for Chunk<D> {
+    fn remaining(&self) -> usize {
+        match self {
+            Self::Service(data) => data.remaining(),
+            Self::Text(text) => text.remaining(),
+        }
+    }
+
+    fn chunk(&self) -> &[u8] {
+        match self {
+            Self::Service(data) => data.chunk(),
+            Self::Text(text) => text.chunk(),
+        }
+    }
+
+    fn advance(&mut self, count: usize) {
+        match self {
+            Self::Service(data) => data.advance(count),
+            Self::Text(text) => text.advance(count),
+        }
+    }
+}
+
+impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
+    type Data = Chunk<B::Data>;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, BoxError>>> {
+        let mut this = self.project();
+        if let Some(text) = this.text.take() {
+            return Poll::Ready(Some(Ok(Frame::data(Chunk::Text(text)))));
+        }
+        let Some(body) = this.body.as_mut().as_pin_mut() else { return Poll::Ready(None) };
+        match catch_unwind(AssertUnwindSafe(|| body.poll_frame(context))) {
+            Ok(polled) => polled.map(|frame| {
+                frame.map(|frame| frame.map(|frame| frame.map_data(Chunk::Service)).map_err(Into::into))
+            }),
+            Err(payload) => {
+                // The head has gone out: all that is left is to break the connection off.
+                let panic = message(payload);
+                report_panic(&this.in_flight.core, &panic);
+                Poll::Ready(Some(Err(format!("the response's body panicked: {panic}").into())))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.text.is_none() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match (&self.text, &self.body) {
+            (Some(text), _) => SizeHint::with_exact(text.len() as u64),
+            (None, Some(body)) => body.size_hint(),
+            (None, None) => SizeHint::with_exact(0),
+        }
+    }
+}
+
+/// The response to what a service returned, or how it failed.
+pub(crate) fn respond<B: HttpBody>(
+    result: Result<Result<Response<B>, BoxError>, String>,
+    in_flight: InFlight,
+) -> Response<AnswerBody<B>> {
+    match result {
+        Ok(Ok(response)) => {
+            response.map(|body| AnswerBody { body: Some(body), text: None, in_flight })
+        }
+        Ok(Err(error)) => refuse(error, in_flight),
+        Err(panic) => {
+            report_panic(&in_flight.core, &panic);
+            let mut response = text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight);
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response
+        }
+    }
+}
+
+fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
+    if let Some(reject) = error.downcast_ref::<Reject>() {
+        return text(reject.status(), Some(reject.to_string()), in_flight);
+    }
+    if let Some(body) = error.downcast_ref::<BodyError>() {
+        let mut response = text(body.status(), Some(body.to_string()), in_flight);
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        return response;
+    }
+    tracing::error!(slot = in_flight.core.slot, %error, "a service failed; answered 500");
+    text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)
+}
+
+/// A response with a line of text: `why`, or the status in words.
+pub(crate) fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
+    let line = why.unwrap_or_else(|| status.canonical_reason().unwrap_or("error").to_owned());
+    let text = Some(Bytes::from(format!("{line}\n")));
+    let mut response = Response::new(AnswerBody { body: None, text, in_flight });
+    *response.status_mut() = status;
+    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    response
+}
+
+fn report_panic(core: &Core, panic: &str) {
+    core.cells.panics_contained.add(1);
+    tracing::error!(slot = core.slot, generation = core.generation, panic, "a request handler panicked; its connection is closed");
+}

@@ -1,0 +1,364 @@
+//! A connection that speaks HTTP/1: hyper on our stream, with what hyper leaves to its user: timeouts that tell an idle
+//! client from a slow head, the drain, and an orderly close.
+//!
+//! hyper is brought in at the first byte: a connection that has not spoken costs its row, its task and nothing else.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use http::{HeaderValue, StatusCode, header};
+use http_body::Body as HttpBody;
+use hyper::body::Incoming;
+use hyper::rt::ReadBufCursor;
+use hyper::server::conn::http1;
+
+use super::answer::{AnswerBody, Contained, InFlight, respond, text};
+use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
+use crate::executor::core::Core;
+use crate::executor::generation::DRAIN_GRACE;
+use crate::executor::tasks::LocalFuture;
+use crate::net::stream::Stream;
+use crate::server::Connect;
+use crate::service::Service;
+use crate::settings::HttpLimits;
+use crate::time::Sleep;
+use crate::{BoxError, Response};
+
+/// How long the rest of a request that was not read is thrown away before the connection is closed, so that the client
+/// gets to read the answer: closing on unread bytes sends RST, which destroys it. nginx's `lingering_timeout` is 5 s.
+const LINGER: Duration = Duration::from_secs(2);
+/// Bytes thrown away meanwhile.
+const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Serves connections of one generation with its service.
+pub(crate) struct Http1<S> {
+    core: Rc<Core>,
+    service: Rc<S>,
+    builder: http1::Builder,
+}
+
+impl<S: Service> Http1<S> {
+    pub(crate) fn new(core: Rc<Core>, service: S) -> Self {
+        let limits = &core.settings.http;
+        let mut builder = http1::Builder::new();
+        builder
+            // A client may close its half after the request and still wait for the answer.
+            .half_close(true)
+            .max_headers(limits.headers_max)
+            .max_header_size(limits.header_bytes_max)
+            .max_buf_size(limits.header_bytes_max.max(8192))
+            // Ours tell idle from slow; hyper's runs from the end of the last response.
+            .header_read_timeout(None);
+        Self { core, service: Rc::new(service), builder }
+    }
+
+    fn speak(
+        core: &Rc<Core>,
+        service: &Rc<S>,
+        builder: &http1::Builder,
+        io: HttpIo,
+        info: ConnectionInfo,
+    ) -> Pin<Box<dyn Speaking>> {
+        let (core, service) = (Rc::clone(core), Rc::clone(service));
+        let activity = Rc::clone(&io.activity);
+        let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+            let service = Rc::clone(&service);
+            let in_flight = InFlight::begin(&core, &activity);
+            let limits = &core.settings.http;
+            let oversized = request.body().size_hint().lower() > limits.body_bytes_max;
+            let request = request.map(|body| {
+                Body::incoming(body, limits.body_bytes_max, limits.body_timeout, &activity.uploads, info.clone())
+            });
+            async move {
+                if oversized {
+                    return Ok::<_, BoxError>(too_large(in_flight));
+                }
+                let result = Contained::new(service.call(request)).await;
+                Ok(respond(result, in_flight))
+            }
+        });
+        Box::pin(builder.serve_connection(io, answer))
+    }
+}
+
+fn too_large<B>(in_flight: InFlight) -> Response<AnswerBody<B>> {
+    let mut response = text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight);
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+impl<S: Service> Connect for Http1<S> {
+    fn connect(&self, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture {
+        let core = Rc::clone(&self.core);
+        let (service, builder) = (Rc::clone(&self.service), self.builder.clone());
+        let activity = Rc::new(Activity::new(core.now()));
+        let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core) };
+        let listener = Arc::clone(listener);
+        let speak_core = Rc::clone(&core);
+        // One box with what is needed at the first byte; it is gone after that.
+        let speak = move |io: HttpIo| {
+            Self::speak(&speak_core, &service, &builder, io, ConnectionInfo::new(Some(peer), &listener))
+        };
+        let deadline = core.settings.http.idle_timeout.map(|limit| core.now() + limit);
+        Box::pin(Connection {
+            stage: Stage::Silent(io, Box::new(speak)),
+            activity,
+            timer: deadline.map(Sleep::until),
+            draining: Draining::No,
+            core,
+        })
+    }
+}
+
+/// What a connection has been doing, shared by those who see a part of it each: the I/O (bytes), the service (requests),
+/// the connection's task (time).
+pub(crate) struct Activity {
+    in_flight: Cell<u32>,
+    /// The first byte since the last request came then.
+    head_since: Cell<Option<Instant>>,
+    /// The last request ended, or the last byte was sent, then.
+    quiet_since: Cell<Instant>,
+    uploads: Arc<UploadWatch>,
+}
+
+impl Activity {
+    fn new(now: Instant) -> Self {
+        Self {
+            in_flight: Cell::new(0),
+            head_since: Cell::new(None),
+            quiet_since: Cell::new(now),
+            uploads: Arc::default(),
+        }
+    }
+
+    pub(crate) fn request_began(&self) {
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.head_since.set(None);
+    }
+
+    pub(crate) fn request_ended(&self, now: Instant) {
+        self.in_flight.set(self.in_flight.get() - 1);
+        self.quiet_since.set(now);
+    }
+
+    fn bytes_came(&self, now: Instant) {
+        if self.in_flight.get() == 0 && self.head_since.get().is_none() {
+            self.head_since.set(Some(now));
+        }
+    }
+
+    /// When the client will have taken too long over what it is doing; `None` while the server is at work.
+    fn deadline(&self, limits: &HttpLimits) -> Option<Instant> {
+        if self.in_flight.get() > 0 {
+            return None;
+        }
+        match self.head_since.get() {
+            Some(since) => limits.header_timeout.map(|limit| since + limit),
+            None => limits.idle_timeout.map(|limit| self.quiet_since.get() + limit),
+        }
+    }
+}
+
+/// hyper's connection without its type.
+trait Speaking {
+    fn poll_done(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>>;
+    fn drain(self: Pin<&mut Self>);
+    /// The I/O, once the connection is done.
+    fn into_io(self: Pin<Box<Self>>) -> HttpIo;
+}
+
+impl<H, B> Speaking for http1::Connection<HttpIo, H>
+where
+    H: hyper::service::HttpService<Incoming, ResBody = B>,
+    H::Error: Into<BoxError>,
+    B: HttpBody<Error: Into<BoxError>> + 'static,
+    Self: Future<Output = Result<(), hyper::Error>> + Unpin,
+{
+    fn poll_done(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.poll(context)
+    }
+
+    fn drain(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+
+    fn into_io(self: Pin<Box<Self>>) -> HttpIo {
+        (*Pin::into_inner(self)).into_parts().io
+    }
+}
+
+type Speak = Box<dyn FnOnce(HttpIo) -> Pin<Box<dyn Speaking>>>;
+
+enum Stage {
+    /// Nothing has been received yet.
+    Silent(HttpIo, Speak),
+    Speaking(Pin<Box<dyn Speaking>>),
+    /// All is answered; what still comes in is thrown away for a while.
+    Lingering { io: HttpIo, bytes_left: usize },
+    Done,
+}
+
+/// A connection's task.
+struct Connection {
+    core: Rc<Core>,
+    activity: Rc<Activity>,
+    stage: Stage,
+    /// Armed for no later than the deadline of what the client is doing; checked when it fires, so that a request costs
+    /// no timer.
+    timer: Option<Sleep>,
+    draining: Draining,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Draining {
+    No,
+    /// The executor drains; what has been received already is to be looked at first.
+    Noticed,
+    /// hyper has been told.
+    Told,
+}
+
+impl Future for Connection {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        if this.draining == Draining::No && this.core.draining().is_some() {
+            this.draining = Draining::Noticed;
+            if matches!(this.stage, Stage::Silent(..)) {
+                this.timer = Some(Sleep::until(this.core.now() + DRAIN_GRACE));
+            }
+        }
+        if this.poll_stages(context).is_ready() || this.poll_timer(context).is_ready() {
+            this.stage = Stage::Done;
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+}
+
+impl Connection {
+    fn poll_stages(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match &mut self.stage {
+                Stage::Silent(io, _) => {
+                    ready!(io.stream.poll_readable(context));
+                    let Stage::Silent(io, speak) = std::mem::replace(&mut self.stage, Stage::Done) else {
+                        return Poll::Ready(());
+                    };
+                    self.stage = Stage::Speaking(speak(io));
+                }
+                Stage::Speaking(speaking) => match speaking.as_mut().poll_done(context) {
+                    Poll::Pending if self.draining == Draining::Noticed => {
+                        self.draining = Draining::Told;
+                        speaking.as_mut().drain();
+                    }
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(done) => self.finish(done),
+                },
+                Stage::Lingering { io, bytes_left } => {
+                    match ready!(io.stream.poll_receive(context, <[u8]>::len)) {
+                        Ok(count @ 1..) if count < *bytes_left => *bytes_left -= count,
+                        _ => return Poll::Ready(()),
+                    }
+                }
+                Stage::Done => return Poll::Ready(()),
+            }
+        }
+    }
+
+    /// hyper is done and has shut our direction: close now, or linger for what the client is still sending.
+    fn finish(&mut self, done: Result<(), hyper::Error>) {
+        if let Err(error) = done {
+            tracing::debug!(slot = self.core.slot, %error, "a connection ended in error");
+        }
+        let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done) else { return };
+        if self.activity.uploads.was_cut() {
+            self.timer = Some(Sleep::until(self.core.now() + LINGER));
+            self.stage = Stage::Lingering { io: speaking.into_io(), bytes_left: LINGER_BYTES_MAX };
+        }
+    }
+
+    /// Ready when the client has taken too long.
+    fn poll_timer(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let deadline = match self.stage {
+            Stage::Speaking(_) => self.activity.deadline(&self.core.settings.http),
+            _ => None,
+        };
+        let Some(timer) = &mut self.timer else { return Poll::Pending };
+        if deadline.is_some_and(|deadline| deadline < timer.deadline()) {
+            // A head has begun: its limit is nearer than the idle one.
+            timer.reset(deadline.expect("just compared"));
+        }
+        while Pin::new(&mut *timer).poll(context).is_ready() {
+            let now = self.core.now();
+            match (&self.stage, deadline) {
+                // At work: look again later.
+                (Stage::Speaking(_), None) => timer.reset(now + LOOK_AGAIN),
+                (Stage::Speaking(_), Some(deadline)) if deadline > now => timer.reset(deadline),
+                _ => {
+                    self.core.cells.timed_out.add(1);
+                    return Poll::Ready(());
+                }
+            }
+        }
+        Poll::Pending
+    }
+}
+
+/// How often a connection that is at work is looked at by its timer, which has nothing to do meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.core.cells.open.subtract(1);
+    }
+}
+
+/// A stream that notes when bytes pass.
+struct HttpIo {
+    stream: Stream,
+    activity: Rc<Activity>,
+    core: Rc<Core>,
+}
+
+impl hyper::rt::Read for HttpIo {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let polled = hyper::rt::Read::poll_read(Pin::new(&mut this.stream), context, buffer);
+        if polled.is_ready() {
+            this.activity.bytes_came(this.core.now());
+        }
+        polled
+    }
+}
+
+impl hyper::rt::Write for HttpIo {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let polled = hyper::rt::Write::poll_write(Pin::new(&mut this.stream), context, bytes);
+        if polled.is_ready() {
+            this.activity.quiet_since.set(this.core.now());
+        }
+        polled
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        hyper::rt::Write::poll_flush(Pin::new(&mut self.stream), context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        hyper::rt::Write::poll_shutdown(Pin::new(&mut self.stream), context)
+    }
+}

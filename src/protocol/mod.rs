@@ -1,0 +1,4 @@
+//! What is spoken on a connection.
+
+pub(crate) mod answer;
+pub(crate) mod http1;

@@ -1,0 +1,519 @@
+//! Building and starting a server: the main path, on one page ([`Server::start`]).
+
+use std::fmt;
+use std::future::Future;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use crate::error::Kind;
+use crate::executor::accept::Listener;
+use crate::executor::slot::{Report, Reports, SlotSeat};
+use crate::executor::tasks::LocalFuture;
+use crate::handle::{Exit, Running, Shared, Slot, Waiting};
+use crate::net::stream::Stream;
+use crate::order::Order;
+use crate::protocol::http1::Http1;
+use crate::service::Service;
+use crate::settings::{HttpLimits, Settings};
+use crate::shard::Shard;
+use crate::steering::{self, Table};
+use crate::supervisor::{self, Message, policy};
+use crate::sys::bind::{self, ListenOptions};
+use crate::sys::{affinity, limits, membarrier, probe, procfs, socket};
+use crate::{BoxError, Error};
+
+/// Descriptors kept for everything that is not a connection: files, logs, the embedder's own.
+const DESCRIPTORS_RESERVED: u64 = 64;
+/// Descriptors of one executor besides its connections: glommio's rings and eventfds, ours, the reserve.
+const DESCRIPTORS_PER_EXECUTOR: u64 = 16;
+/// With less room than this per executor a server is not worth starting.
+const CONNECTIONS_MIN: u64 = 16;
+
+/// How the kernel chooses the executor of a new connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Steering {
+    /// By chance: spreads the connections of one client, too.
+    #[default]
+    Random,
+    /// By a hash of addresses and ports: a retransmitted SYN meets the same executor.
+    Hash,
+}
+
+/// When and how often a failed executor is restarted.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RestartPolicy {
+    /// The first restart is at once; the second after this; then twice as long each time. 100 ms, as systemd's
+    /// `RestartSec`.
+    pub backoff_base: Duration,
+    /// The longest wait. 15 s.
+    pub backoff_max: Duration,
+    /// Healthy for this long, an executor's failures are forgotten. 30 s.
+    pub healthy_after: Duration,
+    /// This many failures within `quarantine_window` and the slot stays down; 0 is never. 5, as systemd's
+    /// `StartLimitBurst`.
+    pub quarantine_after: u32,
+    /// 30 s.
+    pub quarantine_window: Duration,
+}
+
+impl Default for RestartPolicy {
+    fn default() -> Self {
+        let policy = policy::RestartPolicy::default();
+        Self {
+            backoff_base: policy.backoff_base,
+            backoff_max: policy.backoff_max,
+            healthy_after: policy.healthy_after,
+            quarantine_after: policy.quarantine_after,
+            quarantine_window: policy.quarantine_window,
+        }
+    }
+}
+
+/// How many executors. Made from a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Executors(usize);
+
+impl From<usize> for Executors {
+    fn from(count: usize) -> Self {
+        Self(count)
+    }
+}
+
+/// An address to listen on. Made from a socket address or from text: `127.0.0.1:8080`, `[::]:80`, `localhost:8080`.
+#[derive(Debug, Clone)]
+pub struct Listen {
+    text: String,
+}
+
+impl From<&str> for Listen {
+    fn from(text: &str) -> Self {
+        Self { text: text.to_owned() }
+    }
+}
+
+impl From<String> for Listen {
+    fn from(text: String) -> Self {
+        Self { text }
+    }
+}
+
+impl From<SocketAddr> for Listen {
+    fn from(address: SocketAddr) -> Self {
+        Self { text: address.to_string() }
+    }
+}
+
+impl Listen {
+    fn resolve(&self) -> Result<Vec<SocketAddr>, Error> {
+        let text = &self.text;
+        let explain = |what: String| Error::new(Kind::Usage, format!("cannot listen on '{text}': {what}"));
+        if let Ok(address) = text.parse() {
+            return Ok(vec![address]);
+        }
+        if !text.contains(':') {
+            return Err(explain("an address and a port are needed, such as 127.0.0.1:8080 or [::]:80".to_owned()));
+        }
+        let found = text.to_socket_addrs().map_err(|error| explain(error.to_string()))?;
+        let mut addresses: Vec<SocketAddr> = found.collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        if addresses.is_empty() { Err(explain("the name has no address".to_owned())) } else { Ok(addresses) }
+    }
+}
+
+/// What a server is to be. Made by [`Server::builder`]; ends with [`Builder::serve`].
+#[must_use = "a builder does nothing until `serve`"]
+#[derive(Debug, Clone)]
+pub struct Builder {
+    name: String,
+    listen: Vec<Listen>,
+    executors: Option<Executors>,
+    cpus: Option<Vec<usize>>,
+    steering: Steering,
+    restart: RestartPolicy,
+    start_timeout: Duration,
+    drain_timeout: Duration,
+    connections_max: Option<u64>,
+    backlog: u32,
+    keepalive: Option<Duration>,
+    user_timeout: Option<Duration>,
+    share_port: bool,
+    stop_on_signals: bool,
+    http: HttpLimits,
+}
+
+/// Makes one executor's service, again for every generation; the type of it forgotten.
+pub(crate) trait Factory: Send + Sync {
+    fn boot(&self, shard: Shard) -> Pin<Box<dyn Future<Output = Result<Rc<dyn Connect>, BoxError>> + '_>>;
+}
+
+/// Makes a connection's task.
+pub(crate) trait Connect {
+    fn connect(&self, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture;
+}
+
+struct ServiceFactory<F>(F);
+
+impl<F, S> Factory for ServiceFactory<F>
+where
+    F: AsyncFn(Shard) -> Result<S, BoxError> + Send + Sync,
+    S: Service,
+{
+    fn boot(&self, shard: Shard) -> Pin<Box<dyn Future<Output = Result<Rc<dyn Connect>, BoxError>> + '_>> {
+        Box::pin(async move {
+            let core = Rc::clone(shard.core());
+            let service = (self.0)(shard).await?;
+            Ok(Rc::new(Http1::new(core, service)) as Rc<dyn Connect>)
+        })
+    }
+}
+
+impl Builder {
+    fn new() -> Self {
+        Self {
+            name: "ringleader".to_owned(),
+            listen: Vec::new(),
+            executors: None,
+            cpus: None,
+            steering: Steering::default(),
+            restart: RestartPolicy::default(),
+            start_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(30),
+            connections_max: None,
+            backlog: 4096,
+            keepalive: Some(Duration::from_secs(60)),
+            user_timeout: Some(Duration::from_secs(180)),
+            share_port: false,
+            stop_on_signals: false,
+            http: HttpLimits::default(),
+        }
+    }
+
+    /// Names the server's threads (`name-slot`, supervisor `name-sup`) and its log lines; at most 10 bytes of it show
+    /// in thread names. Default `ringleader`.
+    pub fn name(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Adds an address to listen on; port 0 takes a free one. May be called more than once.
+    pub fn listen(mut self, address: impl Into<Listen>) -> Self {
+        self.listen.push(address.into());
+        self
+    }
+
+    /// How many executors. Default: one for each CPU this process may run on, no more than its cgroup's quota pays for.
+    /// More than there are CPUs is allowed; they share.
+    pub fn executors(mut self, count: impl Into<Executors>) -> Self {
+        self.executors = Some(count.into());
+        self
+    }
+
+    /// The CPUs to pin executors to, in order, from the start again when there are more executors. Default: all that
+    /// this process may run on.
+    pub fn cpus(mut self, cpus: impl Into<Vec<usize>>) -> Self {
+        self.cpus = Some(cpus.into());
+        self
+    }
+
+    /// How the kernel chooses the executor of a new connection.
+    pub fn steering(mut self, steering: Steering) -> Self {
+        self.steering = steering;
+        self
+    }
+
+    /// When and how often a failed executor is restarted.
+    pub fn restart(mut self, policy: RestartPolicy) -> Self {
+        self.restart = policy;
+        self
+    }
+
+    /// The start-up closure's time. Default 30 s.
+    pub fn start_timeout(mut self, limit: Duration) -> Self {
+        self.start_timeout = limit;
+        self
+    }
+
+    /// How long a drain ordered by a signal may take. Default 30 s.
+    pub fn drain_timeout(mut self, limit: Duration) -> Self {
+        self.drain_timeout = limit;
+        self
+    }
+
+    /// Connections open at once on one executor; more wait in the kernel's queue. Default: what the process's limit on
+    /// open files leaves to each executor.
+    pub fn connections_max(mut self, count: u64) -> Self {
+        self.connections_max = Some(count);
+        self
+    }
+
+    /// Connections that may wait for an executor to accept them. Default 4096; the kernel lowers it to `somaxconn`.
+    pub fn backlog(mut self, count: u32) -> Self {
+        self.backlog = count;
+        self
+    }
+
+    /// Idle time after which TCP asks whether the client is still there; four unanswered probes close the connection.
+    /// Default 60 s; `None` never asks.
+    pub fn keepalive(mut self, idle: Option<Duration>) -> Self {
+        self.keepalive = idle;
+        self
+    }
+
+    /// How long sent bytes may stay unacknowledged. Default 180 s, which is what a client that reads 1 kB/s needs to
+    /// open its window again; `None` is the kernel's own (about 15 minutes).
+    pub fn user_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.user_timeout = limit;
+        self
+    }
+
+    /// Lets other processes of this user listen on the same addresses; the kernel divides new connections among all.
+    /// Default false: a second server is an error, not half of the traffic.
+    pub fn share_port(mut self, share: bool) -> Self {
+        self.share_port = share;
+        self
+    }
+
+    /// Limits of HTTP/1.1 connections.
+    pub fn http_limits(mut self, limits: HttpLimits) -> Self {
+        self.http = limits;
+        self
+    }
+
+    /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
+    pub fn stop_on_signals(mut self) -> Self {
+        self.stop_on_signals = true;
+        self
+    }
+
+    /// Gives the start-up closure: it runs once on every executor, again for every generation, and returns that
+    /// executor's service. What it makes lives on that executor alone, so none of it need be `Send`.
+    pub fn serve<F, S>(self, start_up: F) -> Server
+    where
+        F: AsyncFn(Shard) -> Result<S, BoxError> + Send + Sync + 'static,
+        S: Service,
+    {
+        Server { builder: self, factory: Arc::new(ServiceFactory(start_up)) }
+    }
+}
+
+/// A server that can be started.
+#[must_use = "a server does nothing until `run` or `start`"]
+pub struct Server {
+    builder: Builder,
+    factory: Arc<dyn Factory>,
+}
+
+impl Server {
+    /// Starts to describe a server.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// Starts the server and blocks this thread until it has ended.
+    ///
+    /// # Errors
+    /// What [`Server::start`] says; and when every slot has been quarantined.
+    pub fn run(self) -> Result<Exit, Error> {
+        self.start().wait()?.join().wait()
+    }
+
+    /// Starts the server. The order is done when every executor's first generation accepts connections, or fails with
+    /// the first reason why one does not, with everything taken down again. Later failures go to the restart policy.
+    ///
+    /// # Errors
+    /// When the configuration cannot be, the system lacks something, an address cannot be listened on, or a start-up
+    /// closure fails, panics or takes too long. The message says what to do.
+    pub fn start(self) -> Order<Running> {
+        match self.try_start() {
+            Ok(order) => order,
+            Err(error) => Order::done(Err(error)),
+        }
+    }
+
+    fn try_start(self) -> Result<Order<Running>, Error> {
+        let Self { builder, factory } = self;
+        probe::io_uring().map_err(|error| Error::new(Kind::System, error.to_string()))?;
+        membarrier::register();
+        let cpus = builder.executor_cpus()?;
+        let mut warnings = Vec::new();
+        let connections_max = builder.room(cpus.len())?;
+        let groups = builder.bind(cpus.len(), &mut warnings)?;
+        let table = builder.table(&groups, cpus.len())?;
+        let addresses = groups.iter().map(|group| group.address).collect();
+        let settings = Arc::new(Settings { name: builder.name.clone(), connections_max, http: builder.http.clone() });
+        let (messages, inbox) = mpsc::channel();
+        let seats = seats(&cpus, groups, &settings, &factory, &messages)?;
+        let slots = seats.iter().map(|seat| Slot { cpu: seat.cpu, cells: Arc::clone(&seat.cells) }).collect();
+        let shared = Arc::new(Shared {
+            addresses,
+            warnings,
+            slots,
+            connections_max,
+            ready: AtomicBool::new(false),
+            messages,
+            exit: Mutex::new(Waiting::For(Vec::new())),
+        });
+        supervisor::start(builder.supervision(), seats, table, shared, inbox)
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Server").field("builder", &self.builder).finish_non_exhaustive()
+    }
+}
+
+/// The listeners of one address, one for each slot.
+struct Group {
+    address: SocketAddr,
+    listeners: Vec<std::os::fd::OwnedFd>,
+}
+
+impl Builder {
+    /// The CPU of each slot.
+    fn executor_cpus(&self) -> Result<Vec<usize>, Error> {
+        let available = affinity::available();
+        let cpus = self.cpus.clone().unwrap_or_else(|| available.allowed.clone());
+        if cpus.is_empty() {
+            return Err(Error::new(Kind::Usage, "no CPUs were given to pin executors to: name one at least"));
+        }
+        if let Some(cpu) = cpus.iter().find(|cpu| !available.allowed.contains(cpu)) {
+            let message = format!(
+                "cannot pin an executor to CPU {cpu}: this process may run on {:?} only (affinity, cpuset); choose from \
+                 those, or start it with a wider taskset or AllowedCPUs=",
+                available.allowed
+            );
+            return Err(Error::new(Kind::Usage, message));
+        }
+        let auto = if self.cpus.is_some() { cpus.len() } else { available.executors() };
+        let count = self.executors.map_or(auto, |executors| executors.0);
+        if count == 0 || count > usize::from(steering::SLOTS_MAX) {
+            let most = steering::SLOTS_MAX;
+            return Err(Error::new(Kind::Usage, format!("{count} executors were asked for: give 1 to {most}")));
+        }
+        Ok((0..count).map(|slot| cpus[slot % cpus.len()]).collect())
+    }
+
+    /// Connections each executor may have open.
+    fn room(&self, executors: usize) -> Result<u64, Error> {
+        let limit = limits::nofile()
+            .map_err(|error| Error::new(Kind::System, format!("reading the limit on open files: {error}")))?;
+        let executors = executors as u64;
+        let taken = DESCRIPTORS_RESERVED + executors * (DESCRIPTORS_PER_EXECUTOR + self.listen.len() as u64);
+        let room = limit.soft.saturating_sub(taken) / executors;
+        if room < CONNECTIONS_MIN {
+            let message = format!(
+                "{} open files are allowed, which leaves {room} connections to each of {executors} executors: raise the \
+                 limit (ulimit -n, LimitNOFILE=; the hard limit is {}) or run fewer executors",
+                limit.soft, limit.hard
+            );
+            return Err(Error::new(Kind::System, message));
+        }
+        Ok(self.connections_max.map_or(room, |asked| asked.clamp(1, room)))
+    }
+
+    fn bind(&self, executors: usize, warnings: &mut Vec<String>) -> Result<Vec<Group>, Error> {
+        if self.listen.is_empty() {
+            return Err(Error::new(Kind::Usage, "no address to listen on was given"));
+        }
+        let options = ListenOptions {
+            backlog: self.backlog,
+            keepalive: self.keepalive,
+            user_timeout: self.user_timeout,
+            v6_only: true,
+            share_port: self.share_port,
+        };
+        if let Some(most) = limits::somaxconn().filter(|most| *most < self.backlog) {
+            warnings.push(format!(
+                "the kernel limits the listen backlog to {most} instead of {}: raise net.core.somaxconn",
+                self.backlog
+            ));
+        }
+        if procfs::cbpf_replacement_is_safe(&procfs::kernel_release()) == Some(false) {
+            warnings.push(format!(
+                "kernel {} can crash when a steering program is replaced under traffic (CVE-2026-52910): upgrade it",
+                procfs::kernel_release()
+            ));
+        }
+        let mut groups = Vec::new();
+        for listen in &self.listen {
+            for address in listen.resolve()? {
+                let listeners = bind::bind_group(address, executors, &options)
+                    .map_err(|error| Error::new(Kind::Listen, error.to_string()))?;
+                let address = socket::local_addr(listeners[0].as_fd()).unwrap_or(address);
+                groups.push(Group { address, listeners });
+            }
+        }
+        Ok(groups)
+    }
+
+    fn table(&self, groups: &[Group], executors: usize) -> Result<Table, Error> {
+        let name = match self.steering {
+            Steering::Random => "random",
+            Steering::Hash => "hash",
+        };
+        let seed = std::process::id().wrapping_mul(0x9E37_79B9);
+        let policy = steering::by_name(name, seed).expect("every variant of `Steering` names a policy");
+        let members: Result<Vec<_>, _> =
+            groups.iter().map(|group| group.listeners[0].as_fd().try_clone_to_owned()).collect();
+        let members = members.map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))?;
+        Ok(Table::new(policy, executors as u16, members))
+    }
+
+    fn supervision(&self) -> supervisor::Supervision {
+        supervisor::Supervision {
+            name: self.name.clone(),
+            policy: policy::Config {
+                restart: policy::RestartPolicy {
+                    backoff_base: self.restart.backoff_base,
+                    backoff_max: self.restart.backoff_max,
+                    healthy_after: self.restart.healthy_after,
+                    quarantine_after: self.restart.quarantine_after,
+                    quarantine_window: self.restart.quarantine_window,
+                    ..policy::RestartPolicy::default()
+                },
+                drain_deadline: self.drain_timeout,
+                start_timeout: self.start_timeout,
+            },
+            stop_on_signals: self.stop_on_signals,
+        }
+    }
+}
+
+/// One seat for each slot, with its listener of each group.
+fn seats(
+    cpus: &[usize],
+    groups: Vec<Group>,
+    settings: &Arc<Settings>,
+    factory: &Arc<dyn Factory>,
+    messages: &mpsc::Sender<Message>,
+) -> Result<Vec<Arc<SlotSeat>>, Error> {
+    let mut groups: Vec<(Arc<str>, _)> = groups
+        .into_iter()
+        .map(|group| (Arc::from(group.address.to_string()), group.listeners.into_iter()))
+        .collect();
+    let mut seats = Vec::new();
+    for (slot, cpu) in cpus.iter().enumerate() {
+        let listeners = groups
+            .iter_mut()
+            .filter_map(|(name, listeners)| Some(Listener { fd: listeners.next()?, name: Arc::clone(name) }))
+            .collect();
+        let messages = messages.clone();
+        let reports: Reports = Arc::new(move |report: Report| {
+            // The supervisor outlives its slots' threads; those it has abandoned have nobody to tell.
+            let _ = messages.send(Message::Report(report));
+        });
+        let seat = SlotSeat::new(slot as u16, *cpu, Arc::clone(settings), Arc::clone(factory), reports, listeners)
+            .map_err(|error| Error::new(Kind::System, format!("making the inbox of executor {slot}: {error}")))?;
+        seats.push(seat);
+    }
+    Ok(seats)
+}

@@ -1,0 +1,45 @@
+//! What a server was configured with: validated, immutable, plain data. Every default states where it comes from.
+
+use std::time::Duration;
+
+/// Time and size limits of HTTP/1.1 connections.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct HttpLimits {
+    /// From the first byte of a request's head to its last. 10 s: below nginx's 60 s, since a head is small and a slow
+    /// one holds a connection. `None` is no limit.
+    pub header_timeout: Option<Duration>,
+    /// Of a connection between requests, and before its first. 75 s: nginx's `keepalive_timeout`.
+    pub idle_timeout: Option<Duration>,
+    /// Between two pieces of a request body while the handler waits for one. 60 s: nginx's `client_body_timeout`.
+    pub body_timeout: Option<Duration>,
+    /// Bytes of a request's head. 32 KiB: what nginx takes with `large_client_header_buffers 4 8k`. At least 8 KiB.
+    pub header_bytes_max: usize,
+    /// Header fields of a request. 100: hyper's own default.
+    pub headers_max: usize,
+    /// Bytes of a request body. 1 MiB: nginx's `client_max_body_size`. `u64::MAX` is no limit.
+    pub body_bytes_max: u64,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            header_timeout: Some(Duration::from_secs(10)),
+            idle_timeout: Some(Duration::from_secs(75)),
+            body_timeout: Some(Duration::from_secs(60)),
+            header_bytes_max: 32 * 1024,
+            headers_max: 100,
+            body_bytes_max: 1024 * 1024,
+        }
+    }
+}
+
+/// What every part of a running server may read.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    /// Prefix of thread names and in logs.
+    pub name: String,
+    /// Connections open at once on one executor.
+    pub connections_max: u64,
+    pub http: HttpLimits,
+}

@@ -1,0 +1,282 @@
+//! The supervisor: one plain thread that owns the slots. It turns what it hears (reports of slots, orders of handles,
+//! signals) into events for the pure [`policy`], and carries out the actions that come back. It decides nothing itself.
+
+pub(crate) mod policy;
+mod signals;
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crate::Error;
+use crate::error::Kind;
+use crate::executor::core::Failure;
+use crate::executor::generation::Ended;
+use crate::executor::inbox::Order as SlotOrder;
+use crate::executor::slot::{self, Report, SlotSeat};
+use crate::handle::{Exit, Running, Shared, Stop};
+use crate::order::{Order, Promise};
+use crate::steering::Table;
+use policy::{Action, End, Event, Outcome, Policy, Readiness, Stopped, StopMode};
+
+/// What the supervisor's thread is told.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Report(Report),
+    Stop(Stop),
+    /// A signal that asks to stop.
+    Signal(i32),
+}
+
+/// How a server is to be supervised.
+pub(crate) struct Supervision {
+    pub name: String,
+    pub policy: policy::Config,
+    pub stop_on_signals: bool,
+}
+
+struct Supervisor {
+    name: String,
+    policy: Policy,
+    seats: Vec<Arc<SlotSeat>>,
+    /// By slot and number; those joined are gone.
+    threads: HashMap<(u16, u32), JoinHandle<()>>,
+    /// `None` once the server stops, so that listeners can close.
+    table: Option<Table>,
+    shared: Arc<Shared>,
+    starting: Option<Promise<Running>>,
+    /// What the last failure of each slot said, for messages.
+    failures: HashMap<u16, String>,
+    signals: Option<signals::Watch>,
+    stop_signals: u32,
+}
+
+/// Starts the supervisor's thread, which starts the executors.
+pub(crate) fn start(
+    supervision: Supervision,
+    seats: Vec<Arc<SlotSeat>>,
+    table: Table,
+    shared: Arc<Shared>,
+    inbox: Receiver<Message>,
+) -> Result<Order<Running>, Error> {
+    let signals = supervision.stop_on_signals.then(|| signals::watch(shared.messages.clone())).transpose();
+    let signals = signals.map_err(|error| Error::new(Kind::System, format!("watching for signals: {error}")))?;
+    let (promise, order) = Order::new();
+    let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
+    let supervisor = Supervisor {
+        policy: Policy::new(supervision.policy, seats.len() as u16, seed),
+        name: supervision.name.clone(),
+        seats,
+        threads: HashMap::new(),
+        table: Some(table),
+        shared,
+        starting: Some(promise),
+        failures: HashMap::new(),
+        signals,
+        stop_signals: 0,
+    };
+    std::thread::Builder::new()
+        .name(format!("{}-sup", supervision.name))
+        .spawn(move || supervisor.run(&inbox))
+        .map_err(|error| Error::new(Kind::System, format!("starting the supervisor's thread: {error}")))?;
+    Ok(order)
+}
+
+impl Supervisor {
+    fn run(mut self, inbox: &Receiver<Message>) {
+        let mut event = Some(Event::Start);
+        loop {
+            if let Some(event) = event {
+                for action in self.policy.step(event, Instant::now()) {
+                    if let Action::Exit(outcome) = action {
+                        return self.exit(outcome);
+                    }
+                    self.act(action);
+                }
+            }
+            event = self.next_event(inbox);
+        }
+    }
+
+    /// Waits for what happens next: a message, or the policy's deadline. Messages come before a deadline that has
+    /// passed meanwhile.
+    fn next_event(&mut self, inbox: &Receiver<Message>) -> Option<Event> {
+        let received = match self.policy.next_deadline() {
+            Some(deadline) => inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match received {
+            Ok(Message::Report(report)) => self.event_of(report),
+            Ok(Message::Stop(how)) => Some(Event::Stop(match how {
+                Stop::Now => StopMode::Now,
+                Stop::Drain(limit) => StopMode::Drain { deadline: Some(limit) },
+            })),
+            Ok(Message::Signal(signal)) => Some(self.event_of_signal(signal)),
+            Err(RecvTimeoutError::Timeout) => Some(Event::Tick),
+            // `shared` holds a sender.
+            Err(RecvTimeoutError::Disconnected) => unreachable!("the supervisor holds a sender of its own channel"),
+        }
+    }
+
+    fn event_of_signal(&mut self, signal: i32) -> Event {
+        self.stop_signals += 1;
+        let name = signals::name(signal);
+        if self.stop_signals > 1 {
+            tracing::warn!(signal = name, "a second signal: stopping at once");
+            return Event::Stop(StopMode::Now);
+        }
+        tracing::info!(signal = name, "draining; a second signal stops at once");
+        Event::Stop(StopMode::Drain { deadline: None })
+    }
+
+    fn event_of(&mut self, report: Report) -> Option<Event> {
+        match report {
+            Report::Ready { slot, generation } => {
+                if generation > 1 {
+                    tracing::info!(slot, generation, "the executor serves again");
+                }
+                Some(Event::Ready { slot, generation: generation as u32 })
+            }
+            Report::Ended { slot, generation, ended } => {
+                let how = match &ended {
+                    Ended::Drained { in_time: true } => End::Drained,
+                    Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,
+                    Ended::Failed(failure) => self.note_failure(slot, generation, failure),
+                };
+                Some(Event::Ended { slot, generation: generation as u32, how })
+            }
+            Report::ThreadEnded { slot, thread } => {
+                // Expected after a `Join`, which waits for the thread: only those that still stand died by themselves.
+                self.threads.contains_key(&(slot, thread)).then(|| {
+                    tracing::error!(slot, thread, "an executor's thread ended");
+                    Event::ThreadDied { slot, thread }
+                })
+            }
+        }
+    }
+
+    fn note_failure(&mut self, slot: u16, generation: u64, failure: &Failure) -> End {
+        let (how, what) = match failure {
+            Failure::Start(error) => (End::StartFailed, format!("its start-up failed: {error}")),
+            Failure::Panicked(panic) => (End::Panicked, format!("it panicked: {panic}")),
+            Failure::Background { name, error } => (End::Failed, format!("its background task '{name}' failed: {error}")),
+        };
+        tracing::error!(slot, generation, "an executor has ended, {what}; its connections are closed");
+        self.failures.insert(slot, what);
+        how
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::StartGeneration { slot, generation, thread, fresh_thread } => {
+                self.start_generation(slot, generation, thread, fresh_thread);
+            }
+            Action::Drain { slot, deadline } => {
+                self.let_go_of_listeners();
+                self.seats[usize::from(slot)].inbox.order(SlotOrder::Drain { deadline });
+            }
+            Action::StopNow { slot } => self.seats[usize::from(slot)].inbox.order(SlotOrder::Stop),
+            Action::Join { slot, thread } => self.join(slot, thread),
+            Action::Abandon { slot, thread } => {
+                tracing::error!(slot, thread, "an executor does not answer the order to stop: its thread is left behind");
+            }
+            Action::SetActive(slots) => {
+                if let Some(Err(error)) = self.table.as_mut().map(|table| table.set_active(&slots)) {
+                    tracing::error!(%error, "steering stays as it was");
+                }
+            }
+            Action::Readiness(readiness) => {
+                tracing::debug!(?readiness, "readiness");
+                self.shared.ready.store(readiness == Readiness::Ready, Ordering::Relaxed);
+            }
+            Action::Started => {
+                if let Some(promise) = self.starting.take() {
+                    promise.fulfil(Ok(Running::new(Arc::clone(&self.shared))));
+                }
+            }
+            Action::StartFailed { slot, failure } => tracing::debug!(slot, ?failure, "the start has failed"),
+            Action::Quarantined { slot, reason } => {
+                tracing::error!(slot, ?reason, "the slot is quarantined: it gets no executor until the server is restarted");
+            }
+            Action::Exit(_) => unreachable!("handled by `run`"),
+        }
+    }
+
+    fn start_generation(&mut self, slot: u16, generation: u32, thread: u32, fresh_thread: bool) {
+        let seat = Arc::clone(&self.seats[usize::from(slot)]);
+        if fresh_thread {
+            seat.inbox.forget_orders();
+            match slot::spawn(Arc::clone(&seat), thread) {
+                Ok(handle) => drop(self.threads.insert((slot, thread), handle)),
+                Err(error) => {
+                    tracing::error!(slot, %error, "starting an executor's thread");
+                    let report = Report::ThreadEnded { slot, thread };
+                    // Known as if it had lived, so that the report counts.
+                    self.threads.insert((slot, thread), std::thread::spawn(|| ()));
+                    let _ = self.shared.messages.send(Message::Report(report));
+                    return;
+                }
+            }
+        }
+        seat.inbox.order(SlotOrder::Start(u64::from(generation)));
+    }
+
+    fn join(&mut self, slot: u16, thread: u32) {
+        let Some(handle) = self.threads.remove(&(slot, thread)) else { return };
+        if !handle.is_finished() {
+            self.seats[usize::from(slot)].inbox.order(SlotOrder::Quit);
+        }
+        if handle.join().is_err() {
+            tracing::error!(slot, thread, "an executor's thread ended in a panic");
+        }
+    }
+
+    /// From here on nothing keeps a listener open but the generation that still empties its queue.
+    fn let_go_of_listeners(&mut self) {
+        self.table = None;
+        self.seats.iter().for_each(|seat| seat.release_listeners());
+    }
+
+    fn exit(mut self, outcome: Outcome) {
+        self.let_go_of_listeners();
+        if let Some(signals) = self.signals.take() {
+            signals.end();
+        }
+        self.shared.ready.store(false, Ordering::Relaxed);
+        let result = self.result(outcome);
+        if let (Some(promise), Err(error)) = (self.starting.take(), &result) {
+            promise.fulfil(Err(error.clone()));
+        } else {
+            tracing::debug!(name = self.name, ?outcome, "the server has ended");
+        }
+        let shared = Arc::clone(&self.shared);
+        // What a caller sees after the end is final: nothing of the server's is left open when it is told.
+        drop(self);
+        shared.ended(result);
+    }
+
+    fn result(&self, outcome: Outcome) -> Result<Exit, Error> {
+        match outcome {
+            Outcome::Stopped { how, abandoned, .. } if self.starting.is_none() => {
+                Ok(Exit { drained: how == Stopped::Drained, abandoned: usize::from(abandoned) })
+            }
+            Outcome::Stopped { .. } => Err(Error::new(Kind::Start, "the server was stopped before it had started")),
+            Outcome::StartFailed { slot, failure, .. } => {
+                let why = self.failures.get(&slot).cloned().unwrap_or_else(|| match failure {
+                    policy::Failure::StartTimedOut => "its start-up took too long".to_owned(),
+                    policy::Failure::ThreadDied => "its thread ended; the log has more".to_owned(),
+                    other => format!("{other:?}"),
+                });
+                Err(Error::new(Kind::Start, format!("executor {slot} did not start: {why}")))
+            }
+            Outcome::AllQuarantined { .. } => {
+                let last = self.failures.values().next().cloned().unwrap_or_default();
+                let message = format!("every executor failed too often and was given up; the last to be heard of one: {last}");
+                Err(Error::new(Kind::Quarantined, message))
+            }
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! What the runtime asks of Linux directly: sockets, descriptors, CPUs, limits, clocks and `/proc`.
+//!
+//! The unsafe code of the crate lives here and in `net::ring`, each block with the reason why it is
+//! sound. Nothing here decides anything, keeps state or knows of executors; every function makes one
+//! request and reports what the system answered.
+
+pub mod affinity;
+pub mod bind;
+pub mod cpu_clock;
+pub mod eventfd;
+pub mod limits;
+pub mod membarrier;
+pub mod poll;
+pub mod probe;
+pub mod procfs;
+pub mod socket;

@@ -1,0 +1,64 @@
+//! poll(2): how a plain thread, the supervisor or a test, waits for a handful of descriptors.
+//!
+//! Executors wait in their rings instead.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+/// Waits until at least one descriptor is readable, hung up or in error; positions of those that
+/// are, in order. Empty after `timeout` (`None`: no limit; rounded up to milliseconds) or a signal.
+pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<usize>> {
+    let mut entries: Vec<_> = fds
+        .iter()
+        .map(|fd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let timeout_ms = timeout.map_or(-1, |timeout| {
+        i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+    });
+    // SAFETY: the pointer and count are those of a live, exclusively owned vector.
+    let ready = unsafe {
+        libc::poll(
+            entries.as_mut_ptr(),
+            entries.len() as libc::nfds_t,
+            timeout_ms,
+        )
+    };
+    if ready < 0 {
+        let error = io::Error::last_os_error();
+        return match error.kind() {
+            io::ErrorKind::Interrupted => Ok(Vec::new()),
+            _ => Err(error),
+        };
+    }
+    Ok(entries
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| entry.revents != 0)
+        .map(|(position, _)| position)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::sys::eventfd::EventFd;
+
+    #[test]
+    fn reports_exactly_the_ready_ones_and_nothing_after_the_timeout() {
+        let (one, two) = (EventFd::new().unwrap(), EventFd::new().unwrap());
+        let fds = [one.as_fd(), two.as_fd()];
+        let none = wait_readable(&fds, Some(Duration::ZERO)).unwrap();
+        assert_eq!(none, Vec::<usize>::new());
+        two.signal();
+        assert_eq!(wait_readable(&fds, None).unwrap(), [1]);
+        one.signal();
+        assert_eq!(wait_readable(&fds, None).unwrap(), [0, 1]);
+    }
+}
