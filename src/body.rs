@@ -31,7 +31,8 @@ pub struct Body {
 enum Inner {
     Empty,
     Full(Bytes),
-    Incoming(Upload),
+    /// Boxed, for it is large: a request without a body must stay small, since futures that hold it are moved about.
+    Incoming(Box<Upload>),
     Boxed(Pin<Box<dyn HttpBody<Data = Bytes, Error = BoxError> + Send>>),
 }
 
@@ -95,7 +96,7 @@ impl Body {
             Inner::Empty
         } else {
             let watch = Some(Arc::clone(watch));
-            Inner::Incoming(Upload { incoming, bytes_left: bytes_max, bytes_max, timeout, waiting: None, watch })
+            Inner::Incoming(Box::new(Upload { incoming, bytes_left: bytes_max, bytes_max, timeout, waiting: None, watch }))
         };
         Self { inner, connection: Some(connection) }
     }

@@ -20,6 +20,7 @@ mod time;
 
 pub use body::{Body, BodyError, Connection};
 pub use error::Error;
+pub use files::{FileBody, Files, FilesError, Job, Offload, Overloaded};
 pub use handle::{ExecutorStats, Exit, Handle, Running, Stats, Stop};
 pub use http::{Method, StatusCode};
 pub use order::Order;

@@ -32,6 +32,11 @@ impl Sleep {
         Self { home: Core::current().map_or(0, |core| core.serial), deadline, timer: None, done: false }
     }
 
+    /// Whether it waits on the wheel and need not be polled before its deadline, if its task has not changed.
+    pub(crate) fn is_waiting(&self, now: Instant) -> bool {
+        self.timer.is_some() && now < self.deadline
+    }
+
     pub(crate) fn deadline(&self) -> Instant {
         self.deadline
     }

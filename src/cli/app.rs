@@ -1,31 +1,59 @@
 //! The built-in application: a few endpoints to try a server with, to measure it and to break it.
 
+use std::io;
 use std::path::Path;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use http::{HeaderValue, header};
-use ringleader::{Body, BoxError, Request, Response, Service, Shard, StatusCode};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use ringleader::{Body, BoxError, FileBody, Files, Request, Response, Service, Shard, StatusCode};
 
 use super::{Failure, chaos};
 
 /// What every executor's service is made from.
 #[derive(Clone)]
 pub(crate) struct App {
+    root: Option<Root>,
     chaos: bool,
+}
+
+/// The directory of `--root`.
+#[derive(Clone)]
+struct Root {
+    path: std::path::PathBuf,
+    listing: bool,
+}
+
+impl Root {
+    fn open(&self) -> Result<Files, ringleader::FilesError> {
+        Ok(Files::open(&self.path)?.listing(self.listing))
+    }
 }
 
 /// One executor's service.
 pub(crate) struct OnShard {
-    app: App,
+    files: Option<Rc<Files>>,
+    chaos: bool,
     shard: Shard,
 }
 
 impl App {
-    pub(crate) fn new(_root: Option<&Path>, _listing: bool, chaos: bool) -> Result<Self, Failure> {
-        Ok(Self { chaos })
+    /// Opens `root` once, so that a directory that cannot be served is known before anything starts.
+    pub(crate) fn new(root: Option<&Path>, listing: bool, chaos: bool) -> Result<Self, Failure> {
+        let root = root.map(|path| Root { path: path.to_owned(), listing });
+        if let Some(root) = &root {
+            root.open().map_err(|error| Failure::Failed(error.to_string()))?;
+        }
+        Ok(Self { root, chaos })
     }
 
-    pub(crate) fn on(self, shard: Shard) -> OnShard {
-        OnShard { app: self, shard }
+    /// The service of one executor, with its own descriptor of the directory.
+    pub(crate) fn on(&self, shard: Shard) -> Result<OnShard, BoxError> {
+        let files = self.root.as_ref().map(Root::open).transpose()?.map(Rc::new);
+        Ok(OnShard { files, chaos: self.chaos, shard })
     }
 }
 
@@ -33,15 +61,26 @@ const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 impl Service for OnShard {
-    type Body = Body;
+    type Body = AppBody;
 
-    async fn call(&self, request: Request) -> Result<Response, BoxError> {
+    async fn call(&self, request: Request) -> Result<Response<AppBody>, BoxError> {
+        if self.chaos && request.uri().path().starts_with("/chaos/") {
+            return chaos::respond(&self.shard, &request).await.map(|response| response.map(AppBody::Plain));
+        }
+        match &self.files {
+            Some(files) => Ok(files.respond(&request).await.map(AppBody::File)),
+            None => self.built_in(request).map(|response| response.map(AppBody::Plain)),
+        }
+    }
+}
+
+impl OnShard {
+    fn built_in(&self, request: Request) -> Result<Response, BoxError> {
         match request.uri().path() {
             "/" => Ok(answer(TEXT, "Hello, World!")),
             "/json" => Ok(answer(JSON, r#"{"message":"Hello, World!"}"#)),
             "/echo" => Ok(echo(request)),
             "/whoami" => Ok(answer(JSON, self.whoami())),
-            path if self.app.chaos && path.starts_with("/chaos/") => chaos::respond(&self.shard, &request).await,
             _ => {
                 let mut response = answer(TEXT, "Not Found\n");
                 *response.status_mut() = StatusCode::NOT_FOUND;
@@ -49,9 +88,7 @@ impl Service for OnShard {
             }
         }
     }
-}
 
-impl OnShard {
     fn whoami(&self) -> String {
         let stats = self.shard.stats();
         format!(
@@ -81,4 +118,39 @@ fn echo(request: Request) -> Response {
         response.headers_mut().insert(header::CONTENT_TYPE, content_type.clone());
     }
     response
+}
+
+/// The body of either kind of answer.
+pub(crate) enum AppBody {
+    Plain(Body),
+    File(FileBody),
+}
+
+impl HttpBody for AppBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.get_mut() {
+            Self::Plain(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
+            Self::File(body) => Pin::new(body).poll_frame(context).map_err(|error: io::Error| error.into()),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Plain(body) => body.is_end_stream(),
+            Self::File(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Plain(body) => body.size_hint(),
+            Self::File(body) => body.size_hint(),
+        }
+    }
 }

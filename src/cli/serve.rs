@@ -136,7 +136,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     ringleader::raise_limits();
     let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos)?;
     let running =
-        builder(arguments)?.serve(async move |shard: Shard| Ok(app.clone().on(shard))).start().wait()?;
+        builder(arguments)?.serve(async move |shard: Shard| app.on(shard)).start().wait()?;
     announce(&running, arguments);
     let exit = running.join().wait()?;
     if exit.abandoned > 0 {

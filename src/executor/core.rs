@@ -1,12 +1,12 @@
 //! What everything on one executor shares: the driver, the timers, the tasks, the time. One per generation, never
 //! leaves its thread.
 
-use std::cell::{Cell, OnceCell, Ref, RefCell, RefMut};
+use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::cells::Cells;
 use super::inbox::Inbox;
@@ -181,12 +181,4 @@ impl Core {
         CURRENT.set(None);
         drop(self.driver.take());
     }
-
-    /// For a look at the driver without changing it.
-    pub(crate) fn driver_ref(&self) -> Option<Ref<'_, Driver>> {
-        Ref::filter_map(self.driver.borrow(), Option::as_ref).ok()
-    }
 }
-
-/// Shortest sleep in the ring worth arming a tick for.
-pub(crate) const SLEEP_MIN: Duration = Duration::from_micros(50);

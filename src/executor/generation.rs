@@ -168,6 +168,7 @@ impl Generation {
         self.take_in(seat);
         core.fire_timers();
         self.accept();
+        core.driver().begin_turn(core.tasks.ready());
         core.tasks.poll_ready(|on_panic, panic| contained_or_not(&core, on_panic, panic));
         core.driver().end_turn();
         self.announce(seat);
@@ -280,7 +281,7 @@ impl Generation {
         let glommio_works = files::outstanding() > 0;
         let due = if glommio_works { HAND_OVER_BUSY } else { HAND_OVER_GUARD };
         let open = core.cells.open.get();
-        let busy = core.tasks.has_ready() || self.acceptor.as_ref().is_some_and(|acceptor| acceptor.has_work(now, open));
+        let busy = core.tasks.ready() > 0 || self.acceptor.as_ref().is_some_and(|acceptor| acceptor.has_work(now, open));
         if busy {
             return if now.duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn };
         }
@@ -297,6 +298,12 @@ impl Generation {
                 return Next::Turn;
             }
             return Next::Park(self.next_deadline().map_or(PARK_MAX, |at| at.saturating_duration_since(now)).min(PARK_MAX));
+        }
+        if core.driver().has_queued_sends() {
+            // Their completions would end the wait at once: hand them over first.
+            seat.inbox.awake();
+            self.active = true;
+            return Next::Turn;
         }
         let latest = now + HAND_OVER_GUARD;
         core.driver().wake_by(self.next_deadline().map_or(latest, |at| at.min(latest)), now);

@@ -95,9 +95,10 @@ impl Inbox {
     }
 
     /// To be called before emptying the queues: what comes later announces itself anew.
+    ///
+    /// A swap, not a store: it reads the last announcement it wipes out, so that message is seen by the queues' `pop`.
     pub(crate) fn begin(&self) {
-        self.filled.store(false, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.filled.swap(false, Ordering::AcqRel);
     }
 
     /// Forgets orders that were meant for a thread that has ended.

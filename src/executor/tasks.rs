@@ -56,17 +56,15 @@ impl Wake for Handle {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if self.queued.load(Ordering::Relaxed) || self.queued.swap(true, Ordering::AcqRel) {
+        let here = READY.try_with(|ready| ready.serial.get() == self.serial).unwrap_or(false);
+        // Elsewhere the swap is needed even when the task is queued already: it publishes what the waker's owner wrote
+        // before to the poll that is to come. A load could be done before those writes are seen, and the wake be lost.
+        if (here && self.queued.load(Ordering::Relaxed)) || self.queued.swap(true, Ordering::AcqRel) {
             return;
         }
-        let here = READY.try_with(|ready| {
-            let here = ready.serial.get() == self.serial;
-            if here {
-                ready.queue.borrow_mut().push_back(self.index);
-            }
-            here
-        });
-        if !here.unwrap_or(false) {
+        if here {
+            READY.with(|ready| ready.queue.borrow_mut().push_back(self.index));
+        } else {
             self.inbox.wake(self.index);
         }
     }
@@ -129,14 +127,15 @@ impl Tasks {
         }
     }
 
-    pub(crate) fn has_ready(&self) -> bool {
-        READY.with(|ready| !ready.queue.borrow().is_empty())
+    /// Number of tasks that are ready.
+    pub(crate) fn ready(&self) -> usize {
+        READY.with(|ready| ready.queue.borrow().len())
     }
 
     /// Polls each task that is ready now, once; those woken meanwhile wait for the next turn. Calls `panicked` for
     /// each panic with what it means.
     pub(crate) fn poll_ready(&self, mut panicked: impl FnMut(OnPanic, Panic)) {
-        let count = READY.with(|ready| ready.queue.borrow().len());
+        let count = self.ready();
         for _ in 0..count {
             let Some(index) = READY.with(|ready| ready.queue.borrow_mut().pop_front()) else { break };
             self.poll(index, &mut panicked);

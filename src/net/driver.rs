@@ -21,6 +21,14 @@ use crate::sys::socket;
 /// buffers before the stop takes effect (`MULTISHOT_MAX_RETRY`), so a connection costs at most this plus 128 KiB.
 pub(crate) const UNREAD_BYTES_MAX: usize = 64 * 1024;
 
+/// Tasks ready in one turn from which on small writes are queued. Measured: queueing costs about 250 instructions a
+/// write and saves a system call; at 4 connections direct writes are the cheaper, at 64 queued ones.
+const BATCH_MIN: usize = 8;
+/// Longer writes are not worth copying.
+const QUEUED_SEND_BYTES_MAX: usize = 4096;
+/// Vectors kept for queued writes: 64 of 4 KiB at most.
+const SPARE_MAX: usize = 64;
+
 /// State of a connection's receive operation.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Receive {
@@ -43,6 +51,10 @@ struct Socket {
     end: Option<End>,
     /// A wait for room in the send buffer is under way.
     writable: Option<OperationKey>,
+    /// A send is under way in the ring.
+    sending: Option<OperationKey>,
+    /// A send in the ring failed after its bytes had been taken: what the next write is told.
+    send_error: Option<i32>,
     reader: Option<Waker>,
     writer: Option<Waker>,
     /// Its stream is gone; the row stays until the last operation has completed.
@@ -78,6 +90,10 @@ pub(crate) struct Driver {
     starved: Vec<u32>,
     /// The earliest tick that is armed.
     tick: Option<Instant>,
+    /// Whether small writes are queued in this turn.
+    batching: bool,
+    /// Vectors for queued writes.
+    spare: Vec<Vec<u8>>,
 }
 
 impl Driver {
@@ -89,6 +105,8 @@ impl Driver {
             touched: Vec::new(),
             starved: Vec::new(),
             tick: None,
+            batching: false,
+            spare: Vec::new(),
         })
     }
 
@@ -112,6 +130,8 @@ impl Driver {
             receive: Receive::Stopped,
             end: None,
             writable: None,
+            sending: None,
+            send_error: None,
             reader: None,
             writer: None,
             abandoned: false,
@@ -141,7 +161,9 @@ impl Driver {
             socket.receive = Receive::Stopping;
             self.ring.cancel(operation);
         }
-        if let Some(operation) = socket.writable {
+        // A send that the peer does not take is not waited for; one that was queued in this turn is carried out before
+        // the cancellation is looked at.
+        for operation in [socket.writable, socket.sending].into_iter().flatten() {
             self.ring.cancel(operation);
         }
         self.close_if_quiet(key);
@@ -149,7 +171,7 @@ impl Driver {
 
     fn close_if_quiet(&mut self, key: u32) {
         let socket = &self.sockets[key as usize];
-        if socket.abandoned && socket.receive == Receive::Stopped && socket.writable.is_none() {
+        if socket.abandoned && socket.receive == Receive::Stopped && socket.writable.is_none() && socket.sending.is_none() {
             self.sockets.remove(key as usize);
         }
     }
@@ -215,10 +237,23 @@ impl Driver {
         !socket.unread.is_empty() || !socket.fresh.is_empty() || socket.end.is_some()
     }
 
-    /// Sends at once as much as the socket takes; waits for room when it takes nothing.
+    /// Sends `bytes`, or as many of them as are taken now.
+    ///
+    /// Alone in its turn, a write is a `send(2)`: nothing to wait for, nothing copied. Where several connections answer
+    /// in one turn (see [`Driver::begin_turn`]), small writes are copied and queued, and go to the kernel together with
+    /// the next entry; that saves a system call each. A queued write has been taken: its error is met by the next one.
     pub(crate) fn send(&mut self, key: u32, bytes: &[u8], context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let socket = &mut self.sockets[key as usize];
-        if socket.writable.is_none() {
+        if let Some(errno) = socket.send_error {
+            return Poll::Ready(Err(io::Error::from_raw_os_error(errno)));
+        }
+        if socket.sending.is_none() && socket.writable.is_none() {
+            if self.batching && bytes.len() <= QUEUED_SEND_BYTES_MAX {
+                let mut copy = self.spare.pop().unwrap_or_default();
+                copy.extend_from_slice(bytes);
+                socket.sending = Some(self.ring.send(socket.fd.as_fd(), copy, key));
+                return Poll::Ready(Ok(bytes.len()));
+            }
             match socket::send(socket.fd.as_fd(), bytes) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     socket.writable = Some(self.ring.writable(socket.fd.as_fd(), key));
@@ -230,9 +265,19 @@ impl Driver {
         Poll::Pending
     }
 
-    /// Lets the peer see the end of our direction.
-    pub(crate) fn shutdown_write(&self, key: u32) -> io::Result<()> {
-        socket::shutdown_write(self.fd(key))
+    /// Lets the peer see the end of our direction, after all that was sent.
+    pub(crate) fn poll_shutdown(&mut self, key: u32, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let socket = &mut self.sockets[key as usize];
+        if socket.sending.is_some() {
+            remember(&mut socket.writer, context.waker());
+            return Poll::Pending;
+        }
+        Poll::Ready(socket::shutdown_write(socket.fd.as_fd()))
+    }
+
+    /// Says how many tasks are about to be polled: whether writes are worth queueing.
+    pub(crate) fn begin_turn(&mut self, ready: usize) {
+        self.batching = ready >= BATCH_MIN;
     }
 
     /// Enters the kernel when that does anything, or to wait (`wait`), and takes in what it completed.
@@ -255,7 +300,8 @@ impl Driver {
             Purpose::Writable { socket } => self.became_writable(socket),
             Purpose::Listener { listener } => arrivals.listeners.push(listener),
             Purpose::Inbox => arrivals.inbox = true,
-            Purpose::Send { .. } | Purpose::Cancel => {}
+            Purpose::Send { socket } => self.sent(socket, completion),
+            Purpose::Cancel => {}
             Purpose::Tick => {
                 self.tick = None;
                 return;
@@ -307,6 +353,31 @@ impl Driver {
         }
     }
 
+    fn sent(&mut self, key: u32, completion: Completion) {
+        let Completion { result, sent: mut bytes, .. } = completion;
+        let socket = &mut self.sockets[key as usize];
+        socket.sending = None;
+        if !socket.abandoned && result >= 0 && (result as usize) < bytes.len() {
+            // Interrupted in the middle: the rest follows.
+            bytes.drain(..result as usize);
+            socket.sending = Some(self.ring.send(socket.fd.as_fd(), bytes, key));
+            return;
+        }
+        if self.spare.len() < SPARE_MAX {
+            bytes.clear();
+            self.spare.push(bytes);
+        }
+        if socket.abandoned {
+            return self.close_if_quiet(key);
+        }
+        if result < 0 {
+            socket.send_error = Some(-result);
+        }
+        if let Some(waker) = socket.writer.take() {
+            waker.wake();
+        }
+    }
+
     /// To be called when the tasks of a turn have run, before the kernel is entered again.
     pub(crate) fn end_turn(&mut self) {
         while let Some(key) = self.touched.pop() {
@@ -337,6 +408,11 @@ impl Driver {
             self.tick = Some(deadline);
             self.ring.tick(deadline.saturating_duration_since(now).max(Duration::from_micros(50)));
         }
+    }
+
+    /// Whether sends wait for the next entry into the kernel.
+    pub(crate) fn has_queued_sends(&mut self) -> bool {
+        self.batching && self.ring.has_entries()
     }
 
     /// Whether a tick is armed, that is: the next wait in the ring is bounded.

@@ -84,10 +84,10 @@ impl Stream {
         polled
     }
 
-    fn shutdown_write(&self) -> io::Result<()> {
-        match self.core.driver().shutdown_write(self.key) {
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.core.driver().poll_shutdown(self.key, context) {
             // The peer has gone already: there is nobody left to tell.
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             other => other,
         }
     }
@@ -128,12 +128,12 @@ impl hyper::rt::Write for Stream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // What was taken is in the kernel's hands already.
+        // What was taken is in the kernel's hands, or queued for them and goes there with this turn.
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.shutdown_write())
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().poll_end(context)
     }
 }
 

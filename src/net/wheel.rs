@@ -238,7 +238,7 @@ mod tests {
         for id in 0..200_000u32 {
             let span = [10, 100, 5_000, 300_000, 40_000_000][next(5) as usize];
             let deadline = now + 1 + next(span);
-            keys.insert(id, (deadline, wheel.insert(start + TICK * deadline as u32, id)));
+            keys.insert(id, (deadline, wheel.insert(start + Duration::from_millis(deadline), id)));
             model.insert((deadline, id), ());
             if next(3) == 0 {
                 let victim = next(u64::from(id) + 1) as u32;
@@ -248,16 +248,17 @@ mod tests {
                 }
             }
             if next(4) == 0 {
-                now += next([2, 50, 3_000, 2_000_000][next(4) as usize]);
+                let leap = [2, 50, 3_000, 2_000_000][next(4) as usize];
+                now += next(leap);
                 let mut expected: Vec<u32> =
                     model.range(..=(now, u32::MAX)).map(|((_, id), ())| *id).collect();
                 model = model.split_off(&(now + 1, 0));
                 if let Some(at) = wheel.next_deadline() {
-                    let first = model.keys().next().map(|(deadline, _)| start + TICK * *deadline as u32);
+                    let first = model.keys().next().map(|(deadline, _)| start + Duration::from_millis(*deadline));
                     let pending = expected.is_empty() && first.is_some_and(|first| at > first);
                     assert!(!pending, "next_deadline is later than the first deadline, seed {seed}");
                 }
-                let mut got = fired(&mut wheel, start + TICK * now as u32);
+                let mut got = fired(&mut wheel, start + Duration::from_millis(now));
                 got.iter().for_each(|id| drop(keys.remove(id)));
                 got.sort_unstable();
                 expected.sort_unstable();

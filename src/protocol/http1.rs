@@ -297,8 +297,11 @@ impl Connection {
             // A head has begun: its limit is nearer than the idle one.
             timer.reset(deadline.expect("just compared"));
         }
+        let now = self.core.now();
+        if timer.is_waiting(now) {
+            return Poll::Pending;
+        }
         while Pin::new(&mut *timer).poll(context).is_ready() {
-            let now = self.core.now();
             match (&self.stage, deadline) {
                 // At work: look again later.
                 (Stage::Speaking(_), None) => timer.reset(now + LOOK_AGAIN),

@@ -1,0 +1,77 @@
+# Everything there is to do with this repository. `make help` lists it.
+#
+# A Rust toolchain, gcc and make are needed; what else a target uses is installed by it (Debian, as root) or named by it.
+
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+HOST := x86_64-unknown-linux-gnu
+# As in: make run ARGS="--listen [::]:8080 --executors 2"
+ARGS ?= --listen 127.0.0.1:8080
+
+.PHONY: help run test test-asan check bench bench-peers proofs clean toolchain test-tools bench-tools
+
+help:
+	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
+	@echo 'make test         every test: unit, integration, documentation, examples; then test-asan'
+	@echo 'make test-asan    the unit tests under AddressSanitizer'
+	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
+	@echo 'make bench        micro benches: driver, mailbox, timers'
+	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
+	@echo 'make proofs       long runs: soak, escapes, idle, spread, bodies, scale; which ones in PROOFS_ARGS="..."'
+
+run: toolchain
+	$(CARGO) run --release --bin ringleader -- serve $(ARGS)
+
+test: toolchain test-tools
+	$(CARGO) test
+	$(MAKE) test-asan
+
+# The sanitizer is not stable yet, but every stable x86-64 toolchain has it: RUSTC_BOOTSTRAP=1 lets it be used. A target
+# is named so that build scripts and procedural macros stay without it.
+test-asan: toolchain
+ifeq ($(shell uname -m),x86_64)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=address' $(CARGO) test --target $(HOST) --lib
+else
+	@echo 'test-asan: skipped, it is set up for x86-64 only'
+endif
+
+check: toolchain
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+	$(CARGO) build --examples
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
+	else echo 'check: cargo-deny is not installed; licences and advisories were not looked at'; fi
+
+bench: toolchain
+	$(CARGO) bench
+
+bench-peers: toolchain bench-tools
+	$(CARGO) build --release --package ringleader --package ringleader-peers
+	$(TARGET)/release/bench-peers $(PEERS_ARGS)
+
+proofs: toolchain bench-tools
+	$(CARGO) build --release --package ringleader --package ringleader-proofs
+	$(TARGET)/release/proofs $(PROOFS_ARGS)
+
+clean:
+	$(CARGO) clean
+
+toolchain:
+	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust, 1.88 or later' >&2; exit 1; }
+	@command -v cc >/dev/null || { echo 'cc is missing: install gcc (Debian: apt-get install gcc)' >&2; exit 1; }
+
+# COMMAND:PACKAGE of Debian.
+test-tools: TOOLS = curl:curl strace:strace python3:python3
+bench-tools: TOOLS = wrk:wrk perf:linux-perf taskset:util-linux
+test-tools bench-tools:
+	@missing=; for tool in $(TOOLS); do \
+		command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing$$missing"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
+	else \
+		echo "needed, and not installed:$$missing (Debian: apt-get install$$missing)" >&2; exit 1; \
+	fi

@@ -1,0 +1,34 @@
+//! The handler of every rival that runs hyper.
+
+use std::convert::Infallible;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{CONTENT_TYPE as CONTENT_TYPE_NAME, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+
+/// The answer's body.
+pub const BODY: &str = "Hello, World!";
+/// The answer's `content-type`.
+pub const CONTENT_TYPE: &str = "text/plain; charset=utf-8";
+
+/// `GET /` says hello, anything else is 404. hyper adds `content-length` and `date`, which gives the
+/// same bytes in the same order as Ringleader's own hello.
+///
+/// # Errors
+/// None.
+pub async fn answer<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let known = request.method() == Method::GET && request.uri().path() == "/";
+    let (status, body) = if known {
+        (StatusCode::OK, BODY)
+    } else {
+        (StatusCode::NOT_FOUND, "Not Found\n")
+    };
+    let mut response = Response::new(Full::new(Bytes::from_static(body.as_bytes())));
+    *response.status_mut() = status;
+    let content_type = HeaderValue::from_static(CONTENT_TYPE);
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE_NAME, content_type);
+    Ok(response)
+}

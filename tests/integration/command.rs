@@ -1,0 +1,124 @@
+//! What the command says to bad input and to systems that lack something: one message, a status, no panic.
+
+use std::net::TcpListener;
+
+use crate::support::{run, spawn};
+
+#[test]
+fn usage_errors_are_explained_and_end_with_status_2() {
+    for (arguments, words) in [
+        (&["--listen", "nonsense"][..], &["nonsense", "port"][..]),
+        (&["--listen", "127.0.0.1:99999"], &["127.0.0.1:99999"]),
+        (&["--listen", "no-such-host.invalid:80"], &["no-such-host.invalid"]),
+        (&["--executors", "0"], &["--executors", "one executor at least"]),
+        (&["--executors", "many"], &["--executors", "auto"]),
+        (&["--executors", "100000"], &["100000"]),
+        (&["--cpus", "999"], &["999"]),
+        (&["--cpus", "a-b"], &["a-b"]),
+        (&["--root", "/no/such/directory"], &["/no/such/directory"]),
+        (&["--idle-timeout", "-1"], &["--idle-timeout"]),
+        (&["--header-bytes", "10"], &["8192"]),
+        (&["--log", "ringleader=loud"], &["--log"]),
+        (&["--no-such-flag"], &["--no-such-flag"]),
+    ] {
+        let free = if arguments[0] == "--listen" { &[][..] } else { &["--listen", "127.0.0.1:0"] };
+        run(&[], &[&["serve"], free, arguments].concat()).expect(2, words);
+    }
+    run(&[], &["no-such-command"]).expect(2, &["no-such-command"]);
+    run(&[], &[]).expect(2, &["serve"]);
+}
+
+#[test]
+fn help_is_not_an_error() {
+    run(&[], &["--help"]).expect(0, &["serve"]);
+    run(&[], &["serve", "--help"]).expect(0, &["--listen", "--executors", "--drain-timeout"]);
+    run(&[], &["--version"]).expect(0, &[env!("CARGO_PKG_VERSION")]);
+}
+
+#[test]
+fn a_port_in_use_is_explained_with_its_holder() {
+    let first = spawn(&[], &["--executors", "1"]);
+    let address = first.address().to_string();
+    let holder = format!("{}", first.id());
+    run(&[], &["serve", "--listen", &address]).expect(1, &[&address, "in use", &holder, "ringleader"]);
+    assert_eq!(first.connect().get("/").status, 200);
+}
+
+#[test]
+fn a_port_held_by_another_program_is_explained_too() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let address = listener.local_addr().expect("it is bound").to_string();
+    let holder = format!("{}", std::process::id());
+    run(&[], &["serve", "--listen", &address]).expect(1, &[&address, "in use", &holder]);
+}
+
+#[test]
+fn an_address_of_another_machine_is_explained() {
+    // TEST-NET-1 of RFC 5737: nobody's.
+    run(&[], &["serve", "--listen", "192.0.2.1:8080"]).expect(1, &["192.0.2.1:8080", "interface"]);
+}
+
+#[test]
+fn too_few_descriptors_are_explained() {
+    let words = &["open files", "ulimit -n", "LimitNOFILE"];
+    run(&["prlimit", "--nofile=40:40"], &["serve", "--listen", "127.0.0.1:0", "--executors", "2"]).expect(1, words);
+}
+
+#[test]
+fn io_uring_refused_is_explained() {
+    let refusing = |errno| {
+        let inject = format!("inject=io_uring_setup:error={errno}");
+        let strace = ["strace", "-f", "-o", "/dev/null", "-e", "trace=io_uring_setup", "-e", &inject];
+        run(&strace, &["serve", "--listen", "127.0.0.1:0", "--executors", "1"])
+    };
+    refusing("EPERM").expect(1, &["io_uring", "seccomp", "Docker"]);
+    refusing("ENOSYS").expect(1, &["io_uring", "kernel", "6.1"]);
+    refusing("ENOMEM").expect(1, &["io_uring", "memory"]);
+}
+
+#[test]
+fn too_little_locked_memory_is_explained() {
+    // Root may lock memory whatever the limit; without that privilege the limit counts.
+    let as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "prlimit", "--memlock=65536:65536"];
+    // SAFETY: has no preconditions and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let wrapper = if root { &as_nobody[..] } else { &as_nobody[4..] };
+    run(wrapper, &["serve", "--listen", "127.0.0.1:0", "--executors", "1"]).expect(1, &["locked memory", "64 KiB"]);
+}
+
+#[test]
+fn the_start_says_what_is_served_and_within_which_limits() {
+    let mut server = spawn(&[], &["--executors", "3", "--chaos"]);
+    let executors = server.wait_for_line("3 executors");
+    assert!(executors.contains(&format!("process {}", server.id())), "{executors}");
+    let limits = server.wait_for_line("limits:");
+    for word in ["backlog 4096", "head 32768 bytes", "100 fields", "body 1048576 bytes", "idle 75 s", "drain 30 s"] {
+        assert!(limits.contains(word), "no {word:?} in {limits}");
+    }
+    server.wait_for_line("--chaos");
+}
+
+#[test]
+fn the_built_in_application_answers() {
+    let server = spawn(&[], &["--executors", "1"]);
+    let mut client = server.connect();
+    let hello = client.get("/");
+    assert_eq!((hello.status, hello.text()), (200, "Hello, World!"));
+    assert!(hello.header("content-type").is_some_and(|kind| kind.starts_with("text/plain")));
+    assert!(hello.header("date").is_some());
+    let json = client.get("/json");
+    assert_eq!((json.header("content-type"), json.text()), (Some("application/json"), r#"{"message":"Hello, World!"}"#));
+    let whoami = client.get("/whoami");
+    for word in [
+        r#""executor":0,"#,
+        r#""generation":1,"#,
+        r#""cpu":"#,
+        &format!(r#""pid":{},"#, server.id()),
+        r#""connections":1,"#,
+        r#""requests":3"#,
+    ] {
+        assert!(whoami.text().contains(word), "no {word:?} in {}", whoami.text());
+    }
+    assert_eq!(client.get("/nothing").status, 404);
+    assert_eq!(client.get("/chaos/panic").status, 404, "without --chaos there is no chaos");
+}

@@ -1,0 +1,47 @@
+//! What happens when file descriptors run out.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::support::{Client, eventually, spawn};
+
+#[test]
+fn without_descriptors_connections_are_closed_with_a_count_and_served_again_when_some_are_free() {
+    let mut server = spawn(&[], &["--executors", "2"]);
+    let mut early = server.connect();
+    assert_eq!(early.get("/").status, 200);
+    // Room for twenty more, though the server believes it has room for thousands.
+    server.limit_descriptors(server.descriptors().len() as u64 + 20);
+    let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
+    server.wait_for_line("ran out of resources");
+    let (before, start) = (server.cpu_time(), Instant::now());
+    let mut shed = 0;
+    for client in &mut clients {
+        // Those that are shed may find out while sending or while reading.
+        let answered = client.try_send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").and_then(|()| client.try_answer());
+        match answered {
+            Ok(answer) => assert_eq!(answer.status, 200),
+            Err(error) => {
+                assert!(error.kind() != io::ErrorKind::WouldBlock, "neither served nor closed");
+                shed += 1;
+            }
+        }
+    }
+    assert!((60..=100).contains(&shed), "{shed} of 100 were closed");
+    assert_eq!(early.get("/").status, 200, "who is connected is served");
+    // Clients go on knocking, in vain.
+    while start.elapsed() < Duration::from_secs(1) {
+        let mut client = server.connect();
+        let _ = client.try_send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").and_then(|()| client.try_answer());
+    }
+    let (used, passed) = (server.cpu_time() - before, start.elapsed());
+    assert!(used < passed / 2, "{used:?} of processor time within {passed:?}: it spins");
+    drop(clients);
+    eventually("new connections are served again", || {
+        let mut client = server.connect();
+        client.try_send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").and_then(|()| client.try_answer()).is_ok()
+    });
+    for _ in 0..20 {
+        assert_eq!(server.connect().get("/").status, 200);
+    }
+}

@@ -1,0 +1,233 @@
+//! Limits of time and size.
+
+use std::time::{Duration, Instant};
+
+use ringleader::{Body, BoxError, HttpLimits, Request, Response, service_fn};
+
+use crate::support::{Site, echo, eventually, local};
+
+/// The limit in tests of time: long enough to be told from "at once" on a busy machine.
+const SHORT: Duration = Duration::from_millis(300);
+
+fn limited(change: impl FnOnce(&mut HttpLimits)) -> Site {
+    let mut limits = HttpLimits::default();
+    change(&mut limits);
+    Site::start(local(1).http_limits(limits).serve(async |_| Ok(service_fn(echo))))
+}
+
+fn timed_out(site: &Site) -> u64 {
+    site.stats().executors[0].timed_out
+}
+
+#[test]
+fn a_slow_head_is_cut() {
+    let site = limited(|limits| limits.header_timeout = Some(SHORT));
+    let start = Instant::now();
+    let mut client = site.connect();
+    client.send("GET / HTTP/1.1\r\nhost: te");
+    client.expect_end();
+    assert!(start.elapsed() >= SHORT);
+    eventually("it is counted", || timed_out(&site) == 1);
+}
+
+#[test]
+fn a_head_that_trickles_in_is_cut_all_the_same() {
+    let site = limited(|limits| limits.header_timeout = Some(SHORT));
+    let mut client = site.connect();
+    let start = Instant::now();
+    client.send("GET / HTTP/1.1\r\n");
+    // Each of these comes in time; the whole does not.
+    while client.try_send("x-more: y\r\n").is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(5), "every line buys more time");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    eventually("it is counted", || timed_out(&site) == 1);
+}
+
+#[test]
+fn the_header_timeout_begins_with_the_head() {
+    let site = limited(|limits| limits.header_timeout = Some(SHORT));
+    let mut client = site.connect();
+    // Time must pass here: it is the subject.
+    std::thread::sleep(SHORT * 2);
+    assert_eq!(client.get("/").status, 200);
+    std::thread::sleep(SHORT * 2);
+    assert_eq!(client.get("/").status, 200);
+    client.send("GET / HTTP/1.1\r\n");
+    let start = Instant::now();
+    client.expect_end();
+    assert!(start.elapsed() >= SHORT / 2);
+}
+
+#[test]
+fn an_idle_connection_is_closed() {
+    let site = limited(|limits| limits.idle_timeout = Some(SHORT));
+    let mut client = site.connect();
+    assert_eq!(client.get("/").status, 200);
+    let start = Instant::now();
+    client.expect_end();
+    assert!(start.elapsed() >= SHORT - Duration::from_millis(50));
+    eventually("it is counted", || timed_out(&site) == 1);
+}
+
+#[test]
+fn a_connection_that_never_speaks_is_closed() {
+    let site = limited(|limits| limits.idle_timeout = Some(SHORT));
+    let start = Instant::now();
+    let mut client = site.connect();
+    client.expect_end();
+    assert!(start.elapsed() >= SHORT);
+    eventually("it is counted", || timed_out(&site) == 1);
+    eventually("it is gone", || site.stats().executors[0].open == 0);
+}
+
+#[test]
+fn work_is_not_idleness() {
+    let mut limits = HttpLimits::default();
+    limits.idle_timeout = Some(SHORT);
+    limits.header_timeout = Some(SHORT);
+    let server = local(1).http_limits(limits).serve(async |shard| {
+        Ok(service_fn(async move |_: Request| {
+            shard.sleep(SHORT * 3).await;
+            Ok(Response::new(Body::from("done")))
+        }))
+    });
+    let site = Site::start(server);
+    let mut client = site.connect();
+    assert_eq!(client.get("/").text(), "done");
+    client.expect_end();
+}
+
+#[test]
+fn a_head_that_is_too_large_is_answered_with_431() {
+    let site = limited(|limits| limits.header_bytes_max = 8192);
+    let mut client = site.connect();
+    let large = "x".repeat(9000);
+    client.send(format!("GET / HTTP/1.1\r\nhost: test\r\nx-large: {large}\r\n\r\n"));
+    assert_eq!(client.answer().status, 431);
+    client.expect_end();
+}
+
+#[test]
+fn a_head_below_the_limit_is_taken() {
+    let site = limited(|limits| limits.header_bytes_max = 8192);
+    let large = "x".repeat(8000);
+    let mut client = site.connect();
+    client.send(format!("GET / HTTP/1.1\r\nhost: test\r\nx-large: {large}\r\n\r\n"));
+    assert_eq!(client.answer().status, 200);
+}
+
+#[test]
+fn too_many_header_fields_are_answered_with_431() {
+    let site = limited(|limits| limits.headers_max = 20);
+    let fields = |count: usize| -> String { (0..count).map(|n| format!("x-{n}: {n}\r\n")).collect() };
+    let mut client = site.connect();
+    client.send(format!("GET / HTTP/1.1\r\nhost: test\r\n{}\r\n", fields(19)));
+    assert_eq!(client.answer().status, 200);
+    client.send(format!("GET / HTTP/1.1\r\nhost: test\r\n{}\r\n", fields(20)));
+    assert_eq!(client.answer().status, 431);
+    client.expect_end();
+}
+
+#[test]
+fn a_body_that_says_it_is_too_long_is_answered_with_413() {
+    let site = limited(|limits| limits.body_bytes_max = 100);
+    let mut client = site.connect();
+    client.send(format!("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{}", "x".repeat(100)));
+    assert_eq!(client.answer().body.len(), 100);
+    client.send(format!("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 101\r\n\r\n{}", "x".repeat(101)));
+    let answer = client.answer();
+    assert_eq!(answer.status, 413);
+    assert!(answer.closes());
+    client.finish_sending();
+    client.expect_end();
+}
+
+#[test]
+fn a_client_in_the_middle_of_sending_too_much_can_read_the_413() {
+    let site = limited(|limits| limits.body_bytes_max = 64 * 1024);
+    let mut client = site.connect();
+    let length = 3 * 1024 * 1024;
+    client.send(format!("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n"));
+    // All of it, before a look at the answer.
+    client.send(vec![b'x'; length]);
+    assert_eq!(client.answer().status, 413);
+    client.finish_sending();
+    client.expect_end();
+}
+
+/// Reads the whole body first; its errors become the answer.
+async fn collect(request: Request) -> Result<Response, BoxError> {
+    let body = request.into_body().collect(1000).await?;
+    Ok(Response::new(Body::from(body)))
+}
+
+#[test]
+fn a_chunked_body_that_grows_too_long_is_answered_with_413() {
+    let site = Site::serving(collect);
+    let mut client = site.connect();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n3e8\r\n");
+    client.send(format!("{}\r\n0\r\n\r\n", "x".repeat(1000)));
+    assert_eq!(client.answer().body.len(), 1000);
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n3e9\r\n");
+    client.send(format!("{}\r\n", "x".repeat(1001)));
+    let answer = client.answer();
+    assert_eq!(answer.status, 413);
+    assert!(answer.closes());
+    assert!(answer.text().contains("1000 bytes"), "{}", answer.text());
+    client.finish_sending();
+    client.expect_end();
+}
+
+#[test]
+fn the_servers_own_body_limit_holds_for_chunks_too() {
+    let mut limits = HttpLimits::default();
+    limits.body_bytes_max = 500;
+    let site = Site::start(local(1).http_limits(limits).serve(async |_| Ok(service_fn(collect))));
+    let mut client = site.connect();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n1f5\r\n");
+    client.send(format!("{}\r\n", "x".repeat(501)));
+    assert_eq!(client.answer().status, 413);
+}
+
+#[test]
+fn a_body_that_stalls_is_answered_with_408() {
+    let mut limits = HttpLimits::default();
+    limits.body_timeout = Some(SHORT);
+    let site = Site::start(local(1).http_limits(limits).serve(async |_| Ok(service_fn(collect))));
+    let mut client = site.connect();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\nhalf");
+    let start = Instant::now();
+    let answer = client.answer();
+    assert_eq!(answer.status, 408);
+    assert!(answer.closes());
+    assert!(start.elapsed() >= SHORT - Duration::from_millis(50));
+    client.finish_sending();
+    client.expect_end();
+}
+
+#[test]
+fn a_malformed_chunk_is_answered_with_400() {
+    let site = Site::serving(collect);
+    let mut client = site.connect();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\nnot hex\r\n");
+    assert_eq!(client.answer().status, 400);
+    client.finish_sending();
+    client.expect_end();
+}
+
+#[test]
+fn connections_above_the_limit_wait_for_their_turn() {
+    let site = Site::start(local(1).connections_max(2).serve(async |_| Ok(service_fn(echo))));
+    assert_eq!(site.connections_max(), 2);
+    let mut first = site.connect();
+    let mut second = site.connect();
+    assert_eq!((first.get("/").status, second.get("/").status), (200, 200));
+    let mut third = site.connect();
+    third.ask("/");
+    // The others are served all the while.
+    assert_eq!(first.get("/").status, 200);
+    assert_eq!(site.stats().executors[0].open, 2);
+    drop(second);
+    assert_eq!(third.answer().status, 200);
+}

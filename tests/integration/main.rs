@@ -1,0 +1,17 @@
+//! Ringleader from outside: in this process through its public interface, and as the command in processes of its own.
+//! One binary, a module for each kind of behaviour.
+
+mod command;
+mod descriptors;
+mod distribution;
+mod http1;
+mod leaks;
+mod lifecycle;
+mod limits;
+mod panics;
+mod shard;
+mod signals;
+mod start;
+mod streaming;
+mod support;
+mod tools;

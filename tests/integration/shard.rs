@@ -1,0 +1,152 @@
+//! What user code does with its executor: time and tasks.
+
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use ringleader::{Body, Request, Response, Shard, Stop, service_fn};
+
+use crate::support::{Gate, Site, local, settle};
+
+/// Starts a server of one executor, runs `act` on it once, and returns what it sent.
+fn on_an_executor<T: Send + Sync + 'static>(act: impl AsyncFn(&Shard) -> T + Copy + Send + Sync + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    let server = local(1).serve(async move |shard: Shard| {
+        sender.send(act(&shard).await)?;
+        Ok(service_fn(crate::support::echo))
+    });
+    let site = Site::start(server);
+    let outcome = receiver.recv().expect("the start-up closure has run");
+    drop(site);
+    outcome
+}
+
+#[test]
+fn a_sleep_is_never_early_and_not_much_late() {
+    let late = on_an_executor(async |shard| {
+        let mut late = Vec::new();
+        for milliseconds in [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89] {
+            let asked = Duration::from_millis(milliseconds);
+            let start = Instant::now();
+            shard.sleep(asked).await;
+            late.push(start.elapsed().checked_sub(asked).ok_or(milliseconds));
+        }
+        late
+    });
+    let late: Vec<Duration> = late.into_iter().map(|late| late.expect("no sleep of so many ms is early")).collect();
+    // Other tests share the processors; a wake that gets lost would cost 500 ms.
+    assert!(late.iter().max() < Some(&Duration::from_millis(250)), "{late:?}");
+}
+
+#[test]
+fn sleeps_end_in_the_order_of_their_times() {
+    let order = on_an_executor(async |shard| {
+        let (sender, receiver) = mpsc::channel();
+        let tasks: Vec<_> = [60, 20, 40, 1, 80]
+            .into_iter()
+            .map(|milliseconds| {
+                let (shard, sender) = (shard.clone(), sender.clone());
+                let sleep = shard.sleep(Duration::from_millis(milliseconds));
+                shard.spawn(async move {
+                    sleep.await;
+                    sender.send(milliseconds)
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.expect("no task panics").expect("the receiver is there");
+        }
+        receiver.try_iter().collect::<Vec<_>>()
+    });
+    assert_eq!(order, [1, 20, 40, 60, 80]);
+}
+
+#[test]
+fn a_timeout_cuts_what_takes_too_long_and_nothing_else() {
+    let (done, cut, took) = on_an_executor(async |shard| {
+        let done = shard.timeout(Duration::from_secs(5), async { 7 }).await;
+        let start = Instant::now();
+        let cut = shard.timeout(Duration::from_millis(20), std::future::pending::<()>()).await;
+        (done, cut.is_err(), start.elapsed())
+    });
+    assert_eq!(done, Ok(7));
+    assert!(cut && took >= Duration::from_millis(20), "{took:?}");
+}
+
+#[test]
+fn a_spawned_task_gives_its_output_or_its_panic() {
+    let (output, panic) = on_an_executor(async |shard| {
+        let output = shard.spawn(async { 40 + 2 }).await;
+        let panic = shard.spawn(async { panic!("a task of the test's panics") }).await;
+        let _: &Result<(), _> = &panic;
+        (output.ok(), panic.err().map(|error| error.to_string()))
+    });
+    assert_eq!(output, Some(42));
+    assert_eq!(panic.as_deref(), Some("the task panicked: a task of the test's panics"));
+}
+
+#[test]
+fn a_task_outlives_its_handle() {
+    let (sender, receiver) = mpsc::channel();
+    let site = Site::start(local(1).serve(async move |shard: Shard| {
+        let (sender, sleep) = (sender.clone(), shard.sleep(Duration::from_millis(5)));
+        drop(shard.spawn(async move {
+            sleep.await;
+            sender.send(())
+        }));
+        Ok(service_fn(crate::support::echo))
+    }));
+    receiver.recv_timeout(crate::support::BOUND).expect("the task has run");
+    drop(site);
+}
+
+#[test]
+fn a_task_woken_from_another_thread_goes_on_at_once() {
+    let site = Site::start(local(1).serve(async |_| {
+        Ok(service_fn(async move |_: Request| {
+            let (sender, receiver) = tokio::sync::oneshot::channel();
+            std::thread::spawn(move || {
+                // Long enough for the executor to fall asleep.
+                std::thread::sleep(Duration::from_millis(30));
+                sender.send(Instant::now())
+            });
+            let sent = receiver.await?;
+            Ok(Response::new(Body::from(sent.elapsed().as_micros().to_string())))
+        }))
+    }));
+    let mut client = site.connect();
+    let mut delays: Vec<u64> = (0..15).map(|_| client.get("/").text().parse().expect("microseconds")).collect();
+    delays.sort_unstable();
+    // Far from the executor's guard wake-ups (10 ms and 500 ms), which would hide a lost wake.
+    assert!(delays[delays.len() / 2] < 5_000, "{delays:?} µs");
+}
+
+#[test]
+fn a_shard_knows_when_its_executor_drains() {
+    let (sender, receiver) = mpsc::channel();
+    let gate = Gate::shut();
+    let server = {
+        let gate = gate.clone();
+        local(1).serve(async move |shard: Shard| {
+            let (sender, draining) = (sender.clone(), shard.draining());
+            drop(shard.spawn(async move {
+                draining.await;
+                sender.send(())
+            }));
+            let gate = gate.clone();
+            Ok(service_fn(async move |_: Request| {
+                gate.passed().await;
+                Ok(Response::new(Body::empty()))
+            }))
+        })
+    };
+    let site = Site::start(server);
+    let mut client = site.connect();
+    client.ask("/");
+    crate::support::eventually("the handler runs", || site.stats().executors[0].in_flight == 1);
+    assert!(receiver.try_recv().is_err(), "nothing drains yet");
+    let exit = site.stop(Stop::Drain(crate::support::BOUND));
+    receiver.recv_timeout(crate::support::BOUND).expect("the task hears of the drain");
+    gate.open();
+    assert_eq!(client.answer().status, 200);
+    assert!(settle(exit).expect("it stops").drained);
+}
