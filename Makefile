@@ -7,17 +7,20 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 HOST := x86_64-unknown-linux-gnu
 # As in: make run ARGS="--listen [::]:8080 --executors 2"
 ARGS ?= --listen 127.0.0.1:8080
+# In order of the time they take, the shortest first.
+PROOFS ?= spread bodies scale idle escapes soak
 
-.PHONY: help run test test-asan check bench bench-peers proofs clean toolchain test-tools bench-tools
+.PHONY: help run test test-asan check advisories bench bench-peers proofs clean toolchain test-tools bench-tools
 
 help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
 	@echo 'make test         every test: unit, integration, documentation, examples; then test-asan'
-	@echo 'make test-asan    the unit tests under AddressSanitizer'
+	@echo 'make test-asan    the tests of network, files and system calls under AddressSanitizer'
 	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
-	@echo 'make bench        micro benches: driver, mailbox, timers'
+	@echo 'make advisories   known defects of dependencies (with cargo-deny and the network)'
+	@echo 'make bench        micro benches: driver, inbox, timers'
 	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
-	@echo 'make proofs       long runs: soak, escapes, idle, spread, bodies, scale; which ones in PROOFS_ARGS="..."'
+	@echo 'make proofs       long runs: soak, escapes, idle, spread, bodies, scale; which ones in PROOFS="..."; flags in PROOFS_ARGS'
 
 run: toolchain
 	$(CARGO) run --release --bin ringleader -- serve $(ARGS)
@@ -27,24 +30,29 @@ test: toolchain test-tools
 	$(MAKE) test-asan
 
 # The sanitizer is not stable yet, but every stable x86-64 toolchain has it: RUSTC_BOOTSTRAP=1 lets it be used. A target
-# is named so that build scripts and procedural macros stay without it.
+# is named so that build scripts and procedural macros stay without it. What is tested is what has unsafe code.
 test-asan: toolchain
 ifeq ($(shell uname -m),x86_64)
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=address' $(CARGO) test --target $(HOST) --lib
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=address' LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan-suppressions.txt \
+		$(CARGO) test --target $(HOST) --lib -- net:: executor:: sys:: steering:: files::
 else
 	@echo 'test-asan: skipped, it is set up for x86-64 only'
 endif
 
 check: toolchain
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
 	$(CARGO) build --examples
-	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
-	else echo 'check: cargo-deny is not installed; licences and advisories were not looked at'; fi
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \
+	else echo 'check: cargo-deny is not installed; licences and sources of dependencies were not looked at'; fi
+
+# Apart from `check`: it needs the network, and what it says changes without a change here.
+advisories: toolchain
+	$(CARGO) deny check advisories
 
 bench: toolchain
-	$(CARGO) bench
+	$(CARGO) bench --features internals --bench '*'
 
 bench-peers: toolchain bench-tools
 	$(CARGO) build --release --package ringleader --package ringleader-peers
@@ -52,7 +60,11 @@ bench-peers: toolchain bench-tools
 
 proofs: toolchain bench-tools
 	$(CARGO) build --release --package ringleader --package ringleader-proofs
-	$(TARGET)/release/proofs $(PROOFS_ARGS)
+	@failed=; for proof in $(PROOFS); do \
+		echo "== $$proof"; \
+		$(TARGET)/release/ringleader-proofs $$proof --server $(TARGET)/release/ringleader $(PROOFS_ARGS) || failed="$$failed $$proof"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "not met:$$failed" >&2; exit 1; fi
 
 clean:
 	$(CARGO) clean
@@ -63,7 +75,7 @@ toolchain:
 
 # COMMAND:PACKAGE of Debian.
 test-tools: TOOLS = curl:curl strace:strace python3:python3
-bench-tools: TOOLS = wrk:wrk perf:linux-perf taskset:util-linux
+bench-tools: TOOLS = wrk:wrk perf:linux-perf taskset:util-linux curl:curl
 test-tools bench-tools:
 	@missing=; for tool in $(TOOLS); do \
 		command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \

@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use crate::error::Kind;
@@ -156,7 +157,7 @@ pub(crate) trait Factory: Send + Sync {
 
 /// Makes a connection's task.
 pub(crate) trait Connect {
-    fn connect(&self, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture;
+    fn connect(self: Rc<Self>, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture;
 }
 
 struct ServiceFactory<F>(F);
@@ -340,7 +341,11 @@ impl Server {
 
     fn try_start(self) -> Result<Order<Running>, Error> {
         let Self { builder, factory } = self;
-        probe::io_uring().map_err(|error| Error::new(Kind::System, error.to_string()))?;
+        // On a thread of its own: the kernel takes a closed ring down a little later, and then interrupts whatever system
+        // call the thread that made the ring is in (EINTR).
+        let probed = thread::scope(|scope| scope.spawn(probe::io_uring).join());
+        let probed = probed.expect("the probe returns what goes wrong, it does not panic");
+        probed.map_err(|error| Error::new(Kind::System, error.to_string()))?;
         membarrier::register();
         let cpus = builder.executor_cpus()?;
         let mut warnings = Vec::new();

@@ -45,7 +45,7 @@ impl App {
     pub(crate) fn new(root: Option<&Path>, listing: bool, chaos: bool) -> Result<Self, Failure> {
         let root = root.map(|path| Root { path: path.to_owned(), listing });
         if let Some(root) = &root {
-            root.open().map_err(|error| Failure::Failed(error.to_string()))?;
+            root.open().map_err(|error| Failure::Usage(error.to_string()))?;
         }
         Ok(Self { root, chaos })
     }
@@ -65,10 +65,12 @@ impl Service for OnShard {
 
     async fn call(&self, request: Request) -> Result<Response<AppBody>, BoxError> {
         if self.chaos && request.uri().path().starts_with("/chaos/") {
-            return chaos::respond(&self.shard, &request).await.map(|response| response.map(AppBody::Plain));
+            let answer = Box::pin(chaos::respond(&self.shard, &request)).await;
+            return answer.map(|response| response.map(AppBody::Plain));
         }
         match &self.files {
-            Some(files) => Ok(files.respond(&request).await.map(AppBody::File)),
+            // Boxed like the one above: a connection keeps room for the largest future its service makes.
+            Some(files) => Ok(Box::pin(files.respond(&request)).await.map(AppBody::File)),
             None => self.built_in(request).map(|response| response.map(AppBody::Plain)),
         }
     }

@@ -22,6 +22,7 @@ use super::slot::SlotSeat;
 use super::tasks::{OnPanic, message};
 use crate::files;
 use crate::net::driver::Arrivals;
+use crate::net::ring::OperationKey;
 use crate::net::stream::Stream;
 use crate::server::{Connect, Factory};
 use crate::shard::Shard;
@@ -50,6 +51,8 @@ pub(crate) enum Ended {
 struct Generation {
     core: Rc<Core>,
     acceptor: Option<Acceptor>,
+    /// The watch of each listener.
+    watches: Vec<OperationKey>,
     connect: Rc<RefCell<Option<Rc<dyn Connect>>>>,
     arrivals: Arrivals,
     ended: Option<Ended>,
@@ -77,6 +80,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell) -> En
     let connect = boot(&core, Arc::clone(&seat.factory));
     let mut generation = Generation {
         acceptor: None,
+        watches: Vec::new(),
         connect,
         arrivals: Arrivals::default(),
         ended: None,
@@ -149,7 +153,8 @@ impl Generation {
                     self.core.driver().ring().signal_eventfd(true);
                     // What the kernel completed before the signal was switched on would ring no bell.
                     if !self.core.driver().ring().wants_enter() {
-                        bell.wait(limit).await;
+                        bell.wait(limit, |context| self.core.tasks.poll_woken(context)).await;
+                        self.core.tasks.awake();
                     }
                     self.core.driver().ring().signal_eventfd(false);
                     seat.inbox.awake();
@@ -183,6 +188,7 @@ impl Generation {
                 acceptor.note_ready(listener);
             }
         }
+        self.watch_again(seat);
         if seat.inbox.is_filled() {
             self.active = true;
             seat.inbox.begin();
@@ -198,6 +204,19 @@ impl Generation {
         }
     }
 
+    /// The kernel ends a watch when it could not post a completion.
+    fn watch_again(&mut self, seat: &SlotSeat) {
+        if std::mem::take(&mut self.arrivals.inbox_unwatched) {
+            self.core.driver().watch_inbox(seat.inbox.as_fd());
+        }
+        for listener in self.arrivals.unwatched.drain(..) {
+            if let Some(acceptor) = &self.acceptor {
+                let watch = self.core.driver().watch_listener(watched(&acceptor.listeners()[listener as usize]), listener);
+                self.watches[listener as usize] = watch;
+            }
+        }
+    }
+
     fn enter(&mut self, wait: bool) {
         self.arrivals.activity = false;
         if let Err(error) = self.core.driver().turn(wait, &mut self.arrivals) {
@@ -209,10 +228,7 @@ impl Generation {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Drain { deadline } => {
-                // Take what the kernel has completed already, then let go of the listeners: from here on new clients
-                // are refused, not left waiting.
-                self.accept_rest();
-                self.acceptor = None;
+                self.release_listeners();
                 self.core.drain(deadline);
             }
             Order::Stop | Order::Quit => self.ended = Some(Ended::Stopped),
@@ -227,8 +243,20 @@ impl Generation {
         let (Some(acceptor), Some(connect)) = (&mut self.acceptor, connect) else { return };
         if acceptor.has_work(core.now(), core.cells.open.get()) {
             self.active = true;
-            acceptor.accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, &*connect, fd, peer, name));
+            acceptor.accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
         }
+    }
+
+    /// Takes what the kernel has completed already, then lets go of the listeners: from here on new clients are refused,
+    /// not left waiting.
+    fn release_listeners(&mut self) {
+        self.accept_rest();
+        for watch in self.watches.drain(..) {
+            self.core.driver().unwatch_listener(watch);
+        }
+        self.enter(false);
+        self.accept_rest();
+        self.acceptor = None;
     }
 
     /// Accepts until the queues are empty (or the connection limit is reached).
@@ -255,7 +283,8 @@ impl Generation {
         let open_max = self.core.settings.connections_max;
         if let (Some(listeners), None) = (seat.listeners(), self.core.draining()) {
             for (index, listener) in listeners.iter().enumerate() {
-                self.core.driver().watch_listener(watched(listener), index as u32);
+                let watch = self.core.driver().watch_listener(watched(listener), index as u32);
+                self.watches.push(watch);
             }
             self.acceptor = Some(Acceptor::new(listeners, open_max));
         }
@@ -319,7 +348,7 @@ impl Generation {
     }
 }
 
-fn adopt(core: &Rc<Core>, connect: &dyn Connect, fd: OwnedFd, peer: SocketAddr, name: &Arc<str>) {
+fn adopt(core: &Rc<Core>, connect: Rc<dyn Connect>, fd: OwnedFd, peer: SocketAddr, name: &Arc<str>) {
     let key = core.driver().adopt(fd);
     let stream = Stream::new(Rc::clone(core), key);
     core.cells.open.add(1);

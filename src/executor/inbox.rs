@@ -38,6 +38,7 @@ pub(crate) enum Order {
 
 /// The inbox has [`JOBS_MAX`] jobs waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(test), expect(dead_code, reason = "posting jobs comes with the embedder's mailbox"))]
 pub(crate) struct Full;
 
 pub(crate) struct Inbox {
@@ -70,6 +71,7 @@ impl Inbox {
 
     /// # Errors
     /// [`Full`], at once.
+    #[cfg_attr(not(test), expect(dead_code, reason = "posting jobs comes with the embedder's mailbox"))]
     pub(crate) fn post(&self, job: Job) -> Result<(), Full> {
         self.jobs.push(job).map_err(|_| Full)?;
         self.announce();
@@ -137,5 +139,99 @@ impl Inbox {
 impl AsFd for Inbox {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.eventfd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::net::driver::{Arrivals, Driver};
+    use crate::net::ring::RingOptions;
+    use crate::net::ring::tests::{Random, Watchdog, seed_to_replay};
+
+    const POSTERS: u32 = 4;
+    const WAKES: u32 = 100_000;
+
+    fn inbox() -> Arc<Inbox> {
+        Arc::new(Inbox::new().expect("an eventfd"))
+    }
+
+    /// Posters with random pauses against a receiver that sleeps, with no time limit, whenever there is nothing: one
+    /// lost wake leaves it asleep for ever.
+    #[test]
+    fn no_wake_is_lost_and_each_senders_order_is_kept() {
+        let seed = seed_to_replay().unwrap_or(7);
+        println!("RINGLEADER_SEED={seed}");
+        let _watchdog = Watchdog::new(format!("the inbox, RINGLEADER_SEED={seed}"), Duration::from_secs(300));
+        let inbox = inbox();
+        let posters: Vec<_> = (0..POSTERS)
+            .map(|poster| {
+                let inbox = Arc::clone(&inbox);
+                std::thread::spawn(move || {
+                    let mut random = Random::new(seed + u64::from(poster));
+                    for number in 0..WAKES {
+                        inbox.wake(poster * WAKES + number);
+                        // Bursts, with pauses about as long as it takes to fall asleep.
+                        for _ in 0..if random.one_in(8) { random.below(2000) } else { 0 } {
+                            std::hint::spin_loop();
+                        }
+                        if random.one_in(500) {
+                            std::thread::sleep(Duration::from_micros(random.below(200)));
+                        }
+                    }
+                })
+            })
+            .collect();
+        let mut driver = Driver::new(RingOptions { buffers: 1, buffer_bytes: 64 }).expect("io_uring works here");
+        driver.watch_inbox(inbox.as_fd());
+        let (mut next, mut left, mut sleeps) = ([0; POSTERS as usize], POSTERS * WAKES, 0_u32);
+        let mut arrivals = Arrivals::default();
+        while left > 0 {
+            driver.turn(false, &mut arrivals).expect("io_uring_enter");
+            if inbox.is_filled() {
+                inbox.begin();
+                while let Some(wake) = inbox.next_wake() {
+                    let (poster, number) = ((wake / WAKES) as usize, wake % WAKES);
+                    assert_eq!(number, next[poster], "seed {seed}: poster {poster} out of order");
+                    next[poster] += 1;
+                    left -= 1;
+                }
+            } else if inbox.fall_asleep() {
+                sleeps += 1;
+                driver.turn(true, &mut arrivals).expect("io_uring_enter");
+                inbox.awake();
+            }
+        }
+        posters.into_iter().for_each(|poster| poster.join().expect("no panic"));
+        println!("slept {sleeps} times");
+        assert!(sleeps > 100, "the receiver was hardly ever asleep ({sleeps} times): nothing was tested");
+    }
+
+    #[test]
+    fn a_full_inbox_refuses_at_once_and_takes_again_when_there_is_room() {
+        let inbox = inbox();
+        for _ in 0..JOBS_MAX {
+            assert_eq!(inbox.post(Box::new(|_| {})), Ok(()));
+        }
+        assert_eq!(inbox.post(Box::new(|_| {})), Err(Full));
+        inbox.order(Order::Stop);
+        assert!(inbox.next_order() == Some(Order::Stop), "an order is never refused");
+        assert!(inbox.next_job().is_some());
+        assert_eq!(inbox.post(Box::new(|_| {})), Ok(()));
+    }
+
+    #[test]
+    fn an_inbox_that_is_filled_does_not_let_its_executor_sleep() {
+        let inbox = inbox();
+        assert!(inbox.fall_asleep());
+        inbox.awake();
+        inbox.wake(1);
+        assert!(!inbox.fall_asleep());
+        inbox.begin();
+        assert_eq!(inbox.next_wake(), Some(1));
+        assert!(inbox.fall_asleep());
     }
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use glommio::io::BufferedFile;
@@ -39,8 +39,8 @@ impl Doorbell {
         Self { file: Rc::new(file), read: None }
     }
 
-    /// Completes when the eventfd has been signalled since the last time, or after `limit`.
-    pub(crate) async fn wait(&mut self, limit: Duration) {
+    /// Completes when the eventfd has been signalled since the last time, when `woken` is ready, or after `limit`.
+    pub(crate) async fn wait(&mut self, limit: Duration, woken: impl Fn(&Context<'_>) -> Poll<()>) {
         let mut timer = Timer::new(limit);
         let read = self.read.get_or_insert_with(|| {
             let file = Rc::clone(&self.file);
@@ -52,6 +52,9 @@ impl Doorbell {
         let rung = poll_fn(|context| {
             if read.as_mut().poll(context).is_ready() {
                 return Poll::Ready(true);
+            }
+            if woken(context).is_ready() {
+                return Poll::Ready(false);
             }
             Pin::new(&mut timer).poll(context).map(|_| false)
         })

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::accept::Listener;
 use super::cells::Cells;
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
-use super::park::{Doorbell, double};
+use super::park::{Doorbell, double, hand_over};
 use crate::server::Factory;
 use crate::settings::Settings;
 use crate::sys::eventfd::EventFd;
@@ -146,7 +147,7 @@ async fn outer(seat: &SlotSeat) {
                 while seat.inbox.next_job().is_some() {}
                 while seat.inbox.next_wake().is_some() {}
                 if seat.inbox.fall_asleep() {
-                    inbox_bell.wait(Duration::from_secs(1)).await;
+                    inbox_bell.wait(Duration::from_secs(1), |_| Poll::Pending).await;
                     seat.inbox.awake();
                 }
             }
@@ -154,6 +155,8 @@ async fn outer(seat: &SlotSeat) {
     }
     ring_bell.close().await;
     inbox_bell.close().await;
+    // One more round of glommio's reactor closes files that were dropped in the middle of a read.
+    hand_over().await;
 }
 
 fn bells(seat: &SlotSeat) -> std::io::Result<(Doorbell, Doorbell)> {

@@ -34,13 +34,16 @@ pub(crate) type Panic = String;
 
 thread_local! {
     /// Tasks that are ready on the generation that lives on this thread.
-    static READY: Ready = const { Ready { serial: Cell::new(0), queue: RefCell::new(VecDeque::new()) } };
+    static READY: Ready =
+        const { Ready { serial: Cell::new(0), queue: RefCell::new(VecDeque::new()), sleeper: RefCell::new(None) } };
 }
 
 struct Ready {
     /// Serial of that generation; 0 when there is none.
     serial: Cell<u64>,
     queue: RefCell<VecDeque<u32>>,
+    /// The main future's waker while it sleeps through glommio, whose files wake tasks of ours on this very thread.
+    sleeper: RefCell<Option<Waker>>,
 }
 
 struct Handle {
@@ -63,7 +66,12 @@ impl Wake for Handle {
             return;
         }
         if here {
-            READY.with(|ready| ready.queue.borrow_mut().push_back(self.index));
+            READY.with(|ready| {
+                ready.queue.borrow_mut().push_back(self.index);
+                if let Some(sleeper) = ready.sleeper.borrow_mut().take() {
+                    sleeper.wake();
+                }
+            });
         } else {
             self.inbox.wake(self.index);
         }
@@ -110,6 +118,7 @@ impl Tasks {
         waker.wake();
     }
 
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.rows.borrow().len()
     }
@@ -125,6 +134,22 @@ impl Tasks {
                 task.waker.wake_by_ref();
             }
         }
+    }
+
+    /// For a main future that sleeps through glommio: ready when a task is, and woken when one becomes so.
+    pub(crate) fn poll_woken(&self, context: &Context<'_>) -> Poll<()> {
+        READY.with(|ready| {
+            if ready.queue.borrow().is_empty() {
+                *ready.sleeper.borrow_mut() = Some(context.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(())
+        })
+    }
+
+    /// The main future is awake.
+    pub(crate) fn awake(&self) {
+        READY.with(|ready| drop(ready.sleeper.borrow_mut().take()));
     }
 
     /// Number of tasks that are ready.
@@ -182,13 +207,14 @@ impl Tasks {
         READY.with(|ready| {
             ready.serial.set(0);
             ready.queue.borrow_mut().clear();
+            drop(ready.sleeper.borrow_mut().take());
         });
     }
 }
 
 /// What a panic payload says; the location is known to panic hooks only.
 pub(crate) fn message(payload: Box<dyn std::any::Any + Send>) -> Panic {
-    let text = match payload.downcast::<String>() {
+    match payload.downcast::<String>() {
         Ok(text) => *text,
         Err(payload) => match payload.downcast::<&'static str>() {
             Ok(text) => (*text).to_owned(),
@@ -198,6 +224,207 @@ pub(crate) fn message(payload: Box<dyn std::any::Any + Send>) -> Panic {
                 "a panic with a payload that is not text".to_owned()
             }
         },
-    };
-    text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::rc::Rc;
+    use std::sync::atomic::AtomicU64;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::net::ring::tests::Watchdog;
+
+    fn tasks() -> (Tasks, Arc<Inbox>) {
+        let inbox = Arc::new(Inbox::new().expect("an eventfd"));
+        (Tasks::new(1, Arc::clone(&inbox)), inbox)
+    }
+
+    fn take_in(tasks: &Tasks, inbox: &Inbox) {
+        inbox.begin();
+        while let Some(index) = inbox.next_wake() {
+            tasks.woken_elsewhere(index);
+        }
+    }
+
+    fn poll(tasks: &Tasks) -> Vec<(OnPanic, Panic)> {
+        let mut panics = Vec::new();
+        tasks.poll_ready(|on_panic, panic| panics.push((on_panic, panic)));
+        panics
+    }
+
+    /// A task that hands its waker over at its first poll and counts all of them.
+    fn waiting(tasks: &Tasks) -> (Waker, Rc<Cell<u32>>) {
+        let (place, polls) = (Rc::new(RefCell::new(None)), Rc::new(Cell::new(0)));
+        let (out, count) = (Rc::clone(&place), Rc::clone(&polls));
+        let future = poll_fn(move |context| {
+            *out.borrow_mut() = Some(context.waker().clone());
+            count.set(count.get() + 1);
+            Poll::Pending
+        });
+        tasks.add(Box::pin(future), OnPanic::Contain);
+        poll(tasks);
+        let waker = place.borrow_mut().take().expect("it has been polled");
+        (waker, polls)
+    }
+
+    struct Bomb(Rc<Cell<u32>>);
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            self.0.set(self.0.get() + 1);
+            panic!("drop");
+        }
+    }
+
+    #[test]
+    fn a_storm_of_wakes_is_one_poll() {
+        let (tasks, inbox) = tasks();
+        let (waker, polls) = waiting(&tasks);
+        (0..10_000).for_each(|_| waker.wake_by_ref());
+        let elsewhere = waker.clone();
+        std::thread::spawn(move || (0..10_000).for_each(|_| elsewhere.wake_by_ref())).join().expect("no panic");
+        take_in(&tasks, &inbox);
+        assert_eq!(tasks.ready(), 1);
+        poll(&tasks);
+        assert_eq!((polls.get(), tasks.ready()), (2, 0));
+    }
+
+    #[test]
+    fn a_wake_from_another_thread_comes_through_the_inbox() {
+        let (tasks, inbox) = tasks();
+        let (waker, polls) = waiting(&tasks);
+        std::thread::spawn(move || waker.wake()).join().expect("no panic");
+        assert!(inbox.is_filled() && tasks.ready() == 0);
+        take_in(&tasks, &inbox);
+        poll(&tasks);
+        assert_eq!(polls.get(), 2);
+    }
+
+    #[test]
+    fn a_wake_after_the_end_harms_nobody() {
+        let (tasks, _) = tasks();
+        let place = Rc::new(RefCell::new(None));
+        let out = Rc::clone(&place);
+        let ends = poll_fn(move |context| {
+            *out.borrow_mut() = Some(context.waker().clone());
+            Poll::Ready(())
+        });
+        tasks.add(Box::pin(ends), OnPanic::Contain);
+        poll(&tasks);
+        assert_eq!(tasks.len(), 0);
+        let (_, polls) = waiting(&tasks);
+        // The row is another task's by now: a needless poll is all it gets.
+        place.borrow_mut().take().expect("polled").wake();
+        poll(&tasks);
+        assert_eq!((polls.get(), tasks.len()), (2, 1));
+    }
+
+    #[test]
+    fn a_wake_after_the_generations_end_does_not_reach_the_next_ones_queue() {
+        let (tasks, inbox) = tasks();
+        let (waker, _) = waiting(&tasks);
+        tasks.clear();
+        let next = Tasks::new(2, Arc::clone(&inbox));
+        waker.wake();
+        assert_eq!(next.ready(), 0);
+        take_in(&next, &inbox);
+        assert!(poll(&next).is_empty());
+    }
+
+    #[test]
+    fn panics_in_poll_and_then_in_drop_are_both_caught() {
+        let (tasks, _) = tasks();
+        let dropped = Rc::new(Cell::new(0));
+        let bomb = Bomb(Rc::clone(&dropped));
+        let future = poll_fn(move |_| {
+            let _held = &bomb;
+            panic!("poll")
+        });
+        tasks.add(Box::pin(future), OnPanic::Escape);
+        let (_, polls) = waiting(&tasks);
+        assert_eq!((dropped.get(), polls.get(), tasks.len()), (1, 1, 1));
+        let bomb = Bomb(Rc::clone(&dropped));
+        let future = poll_fn(move |_| {
+            let _held = &bomb;
+            panic!("poll {}", 2)
+        });
+        tasks.add(Box::pin(future), OnPanic::Escape);
+        let panics = poll(&tasks);
+        assert_eq!(panics, [(OnPanic::Escape, "poll 2".to_owned()), (OnPanic::Escape, "drop".to_owned())]);
+        assert_eq!(tasks.len(), 1);
+    }
+
+    #[test]
+    fn clear_drops_every_task_although_drops_panic_and_spawn() {
+        let (tasks, _) = tasks();
+        let tasks = Rc::new(tasks);
+        let dropped = Rc::new(Cell::new(0));
+        struct Spawns(Rc<Tasks>, Rc<Cell<u32>>);
+        impl Drop for Spawns {
+            fn drop(&mut self) {
+                let bomb = Bomb(Rc::clone(&self.1));
+                self.0.add(Box::pin(async move { drop(bomb) }), OnPanic::Contain);
+            }
+        }
+        for _ in 0..10 {
+            let bomb = Bomb(Rc::clone(&dropped));
+            tasks.add(Box::pin(async move { drop(bomb) }), OnPanic::Contain);
+            let spawns = Spawns(Rc::clone(&tasks), Rc::clone(&dropped));
+            tasks.add(Box::pin(async move { drop(spawns) }), OnPanic::Contain);
+        }
+        tasks.clear();
+        assert_eq!((dropped.get(), tasks.len(), tasks.ready()), (20, 0, 0));
+    }
+
+    /// What is written before a wake from another thread is seen by the poll that follows, also when the task was
+    /// queued already: the last write of each round has no second wake to make up for it.
+    #[test]
+    fn what_was_written_before_a_wake_is_seen() {
+        const ROUNDS: u64 = 50_000;
+        let _watchdog = Watchdog::new("a wake whose write was not seen".to_owned(), Duration::from_secs(300));
+        let (tasks, inbox) = tasks();
+        let (written, seen) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (give, take) = mpsc::channel();
+        let (source, sink) = (Arc::clone(&written), Arc::clone(&seen));
+        let future = poll_fn(move |context| {
+            let value = source.load(Ordering::Relaxed);
+            if value == 0 {
+                let _ = give.send(context.waker().clone());
+            }
+            sink.store(value, Ordering::Relaxed);
+            if value == 2 * ROUNDS { Poll::Ready(()) } else { Poll::Pending }
+        });
+        tasks.add(Box::pin(future), OnPanic::Contain);
+        poll(&tasks);
+        let writer = std::thread::spawn(move || {
+            let waker: Waker = take.recv().expect("the task's first poll");
+            drop(take);
+            for round in 1..=ROUNDS {
+                // The first wake queues the task; the second falls anywhere into its poll.
+                for write in [2 * round - 1, 2 * round] {
+                    written.store(write, Ordering::Relaxed);
+                    waker.wake_by_ref();
+                }
+                let mut spins = 0_u32;
+                while seen.load(Ordering::Relaxed) != 2 * round {
+                    spins += 1;
+                    // The other thread may want this CPU.
+                    if spins.is_multiple_of(1000) { std::thread::yield_now() } else { std::hint::spin_loop() }
+                }
+            }
+        });
+        while tasks.len() > 0 {
+            if inbox.is_filled() {
+                take_in(&tasks, &inbox);
+                poll(&tasks);
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        writer.join().expect("no panic");
+    }
 }

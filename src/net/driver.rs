@@ -75,7 +75,10 @@ enum End {
 pub(crate) struct Arrivals {
     /// Keys of listeners that have connections to accept.
     pub listeners: Vec<u32>,
-    pub inbox: bool,
+    /// Keys of listeners whose watch has ended: by the kernel, when completions overflowed, or by us.
+    pub unwatched: Vec<u32>,
+    /// The inbox is to be watched again.
+    pub inbox_unwatched: bool,
     /// Any completion but that of a tick.
     pub activity: bool,
 }
@@ -111,8 +114,13 @@ impl Driver {
     }
 
     /// Starts watching a listener (or, after its watch has ended, starts again).
-    pub(crate) fn watch_listener(&mut self, fd: BorrowedFd<'_>, listener: u32) {
-        self.ring.readable(fd, Purpose::Listener { listener });
+    pub(crate) fn watch_listener(&mut self, fd: BorrowedFd<'_>, listener: u32) -> OperationKey {
+        self.ring.readable(fd, Purpose::Listener { listener })
+    }
+
+    /// Ends a watch; until the kernel has let go of it, it keeps the listener open.
+    pub(crate) fn unwatch_listener(&mut self, watch: OperationKey) {
+        self.ring.cancel(watch);
     }
 
     pub(crate) fn watch_inbox(&mut self, eventfd: BorrowedFd<'_>) {
@@ -176,11 +184,8 @@ impl Driver {
         }
     }
 
-    pub(crate) fn fd(&self, key: u32) -> BorrowedFd<'_> {
-        self.sockets[key as usize].fd.as_fd()
-    }
-
     /// Sockets that are not closed yet.
+    #[cfg(test)]
     pub(crate) fn sockets(&self) -> usize {
         self.sockets.len()
     }
@@ -298,8 +303,13 @@ impl Driver {
         match completion.purpose {
             Purpose::Receive { socket } => self.received(socket, completion),
             Purpose::Writable { socket } => self.became_writable(socket),
-            Purpose::Listener { listener } => arrivals.listeners.push(listener),
-            Purpose::Inbox => arrivals.inbox = true,
+            Purpose::Listener { listener } => {
+                arrivals.listeners.push(listener);
+                if !completion.more {
+                    arrivals.unwatched.push(listener);
+                }
+            }
+            Purpose::Inbox => arrivals.inbox_unwatched |= !completion.more,
             Purpose::Send { socket } => self.sent(socket, completion),
             Purpose::Cancel => {}
             Purpose::Tick => {
@@ -413,11 +423,6 @@ impl Driver {
     /// Whether sends wait for the next entry into the kernel.
     pub(crate) fn has_queued_sends(&mut self) -> bool {
         self.batching && self.ring.has_entries()
-    }
-
-    /// Whether a tick is armed, that is: the next wait in the ring is bounded.
-    pub(crate) fn has_tick(&self) -> bool {
-        self.tick.is_some()
     }
 
     pub(crate) fn ring(&mut self) -> &mut Ring {

@@ -4,8 +4,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, LazyLock};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -330,7 +330,8 @@ impl Drive {
         let options = RingOptions { buffers: 4 << random.below(2), buffer_bytes: 64 << random.below(3) };
         let driver = Driver::new(options).expect("io_uring works here");
         let (connections, closed_inodes) = (Vec::new(), Vec::new());
-        let mut drive = Self { seed, random, options, driver, connections, next_id: 0, closed_inodes, seen: Seen::default() };
+        let mut drive =
+            Self { seed, random, options, driver, connections, next_id: 0, closed_inodes, seen: Seen::default() };
         drive.fill_up();
         drive
     }
@@ -397,11 +398,9 @@ impl Drive {
                 let most = 1 + self.random.size(20_000);
                 self.peer_reads(index, most);
             }
-            500..800 => {
-                if self.random.one_in(self.connections[index].lazy) {
-                    let limit = [1, 50, 1000, usize::MAX][self.random.size(4)];
-                    self.we_read(index, limit);
-                }
+            500..800 if self.random.one_in(self.connections[index].lazy) => {
+                let limit = [1, 50, 1000, usize::MAX][self.random.size(4)];
+                self.we_read(index, limit);
             }
             800..960 => {
                 let most = [1, 100, 4096, 50_000][self.random.size(4)];
@@ -435,15 +434,20 @@ impl Drive {
     fn peer_reads(&mut self, index: usize, most: usize) {
         let seed = self.seed;
         let one = &mut self.connections[index];
-        let Some(peer) = one.peer.as_mut() else { return };
+        let Some(peer) = one.peer.as_mut().filter(|_| !one.peer_saw_end) else { return };
         let mut buffer = vec![0; most];
         match peer.read(&mut buffer) {
             Ok(0) => {
                 assert!(one.shut || one.abandoned, "seed {seed}: connection {} ended for its peer", one.id);
                 assert!(
                     one.cut || one.peer_received == one.sent,
-                    "seed {seed}: connection {} (shut {}, abandoned {}): the peer saw an end after {} of {} bytes",
-                    one.id, one.shut, one.abandoned, one.peer_received, one.sent
+                    "seed {seed}: connection {} (shut {}, abandoned {}, peer {:?}): the peer saw an end after {} of {} bytes",
+                    one.id,
+                    one.shut,
+                    one.abandoned,
+                    one.peer_end,
+                    one.peer_received,
+                    one.sent
                 );
                 one.peer_saw_end = true;
             }
@@ -510,7 +514,11 @@ impl Drive {
         assert!(
             fair && *one.end.get_or_insert(end) == end,
             "seed {seed}: connection {}: read {end:?} after {:?}, {} of {} bytes, peer {:?}",
-            one.id, one.end, one.received, one.peer_sent, one.peer_end
+            one.id,
+            one.end,
+            one.received,
+            one.peer_sent,
+            one.peer_end
         );
         self.seen.ends += u64::from(end.is_none());
         self.seen.errors += u64::from(end.is_some());
@@ -565,7 +573,7 @@ impl Drive {
 
     /// Turns, with everybody reading what there is, until `done` holds for every connection.
     fn settle(&mut self, what: &str, done: impl Fn(&mut Self, usize) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let (mut progress, mut progress_at) = (0, Instant::now());
         loop {
             turn(&mut self.driver, STEP);
             let mut left = None;
@@ -578,13 +586,26 @@ impl Drive {
             }
             self.driver.end_turn();
             let Some(index) = left else { return };
+            // Slow is not stuck, on a machine that does other things.
+            let bytes = self.connections.iter().map(|one| one.received + one.peer_received).sum::<u64>();
+            let steps = bytes + self.connections.iter().filter(|one| one.peer_saw_end || one.shut).count() as u64;
+            if steps != progress {
+                (progress, progress_at) = (steps, Instant::now());
+            }
             let one = &self.connections[index];
             assert!(
-                Instant::now() < deadline,
+                progress_at.elapsed() < Duration::from_secs(5),
                 "seed {}: connection {} waited in vain for {what}: received {} of {}, peer received {} of {}, peer {:?}, \
                  abandoned {}, reader woken {}",
-                self.seed, one.id, one.received, one.peer_sent, one.peer_received, one.sent, one.peer_end,
-                one.abandoned, one.reader.0.load(Ordering::Relaxed)
+                self.seed,
+                one.id,
+                one.received,
+                one.peer_sent,
+                one.peer_received,
+                one.sent,
+                one.peer_end,
+                one.abandoned,
+                one.reader.0.load(Ordering::Relaxed)
             );
         }
     }
@@ -667,7 +688,7 @@ fn inode(fd: &OwnedFd) -> String {
 }
 
 fn drive(seed: u64) -> Seen {
-    let _watchdog = Watchdog::new(format!("RINGLEADER_SEED={seed}"), Duration::from_secs(60));
+    let _watchdog = Watchdog::new(format!("RINGLEADER_SEED={seed}"), Duration::from_secs(300));
     let mut drive = Drive::new(seed);
     for _ in 0..3000 {
         drive.step();

@@ -250,8 +250,7 @@ mod tests {
             if next(4) == 0 {
                 let leap = [2, 50, 3_000, 2_000_000][next(4) as usize];
                 now += next(leap);
-                let mut expected: Vec<u32> =
-                    model.range(..=(now, u32::MAX)).map(|((_, id), ())| *id).collect();
+                let mut expected: Vec<u32> = model.range(..=(now, u32::MAX)).map(|((_, id), ())| *id).collect();
                 model = model.split_off(&(now + 1, 0));
                 if let Some(at) = wheel.next_deadline() {
                     let first = model.keys().next().map(|(deadline, _)| start + Duration::from_millis(*deadline));
@@ -259,7 +258,9 @@ mod tests {
                     assert!(!pending, "next_deadline is later than the first deadline, seed {seed}");
                 }
                 let mut got = fired(&mut wheel, start + Duration::from_millis(now));
-                got.iter().for_each(|id| drop(keys.remove(id)));
+                for id in &got {
+                    keys.remove(id);
+                }
                 got.sort_unstable();
                 expected.sort_unstable();
                 assert_eq!(got, expected, "seed {seed} at {now}");

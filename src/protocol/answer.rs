@@ -161,7 +161,9 @@ pub(crate) fn respond<B: HttpBody>(
     result: Result<Result<Response<B>, BoxError>, String>,
     in_flight: InFlight,
 ) -> Response<AnswerBody<B>> {
-    match result {
+    // hyper says so by itself only for requests that came before it was told of the drain.
+    let closing = in_flight.core.draining().is_some();
+    let mut response = match result {
         Ok(Ok(response)) => {
             response.map(|body| AnswerBody { body: Some(body), text: None, in_flight })
         }
@@ -172,7 +174,11 @@ pub(crate) fn respond<B: HttpBody>(
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             response
         }
+    };
+    if closing {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
+    response
 }
 
 fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use http_body::Body as HttpBody;
 use hyper::body::Incoming;
@@ -37,6 +38,9 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Bytes thrown away meanwhile.
 const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// How often a connection is looked at when its hibernation is switched off and its client has no deadline.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
 /// Serves connections of one generation with its service.
 pub(crate) struct Http1<S> {
     core: Rc<Core>,
@@ -58,15 +62,16 @@ impl<S: Service> Http1<S> {
             .header_read_timeout(None);
         Self { core, service: Rc::new(service), builder }
     }
+}
 
-    fn speak(
-        core: &Rc<Core>,
-        service: &Rc<S>,
-        builder: &http1::Builder,
-        io: HttpIo,
-        info: ConnectionInfo,
-    ) -> Pin<Box<dyn Speaking>> {
-        let (core, service) = (Rc::clone(core), Rc::clone(service));
+/// Makes hyper's connection on an I/O.
+trait Speak {
+    fn speak(&self, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>>;
+}
+
+impl<S: Service> Speak for Http1<S> {
+    fn speak(&self, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>> {
+        let (core, service) = (Rc::clone(&self.core), Rc::clone(&self.service));
         let activity = Rc::clone(&io.activity);
         let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
             let service = Rc::clone(&service);
@@ -84,7 +89,7 @@ impl<S: Service> Http1<S> {
                 Ok(respond(result, in_flight))
             }
         });
-        Box::pin(builder.serve_connection(io, answer))
+        Box::pin(self.builder.serve_connection(io, answer))
     }
 }
 
@@ -95,24 +100,20 @@ fn too_large<B>(in_flight: InFlight) -> Response<AnswerBody<B>> {
 }
 
 impl<S: Service> Connect for Http1<S> {
-    fn connect(&self, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture {
+    fn connect(self: Rc<Self>, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture {
         let core = Rc::clone(&self.core);
-        let (service, builder) = (Rc::clone(&self.service), self.builder.clone());
         let activity = Rc::new(Activity::new(core.now()));
-        let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core) };
-        let listener = Arc::clone(listener);
-        let speak_core = Rc::clone(&core);
-        // One box with what is needed at the first byte; it is gone after that.
-        let speak = move |io: HttpIo| {
-            Self::speak(&speak_core, &service, &builder, io, ConnectionInfo::new(Some(peer), &listener))
-        };
-        let deadline = core.settings.http.idle_timeout.map(|limit| core.now() + limit);
+        let deadline = activity.deadline(&core.settings.http);
+        let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core), replay: Bytes::new() };
         Box::pin(Connection {
-            stage: Stage::Silent(io, Box::new(speak)),
+            core,
+            speak: self,
+            peer,
+            listener: Arc::clone(listener),
             activity,
+            stage: Stage::Silent(io),
             timer: deadline.map(Sleep::until),
             draining: Draining::No,
-            core,
         })
     }
 }
@@ -126,6 +127,10 @@ pub(crate) struct Activity {
     /// The last request ended, or the last byte was sent, then.
     quiet_since: Cell<Instant>,
     uploads: Arc<UploadWatch>,
+    /// The last write found no room.
+    write_blocked: Cell<bool>,
+    /// A request has been answered.
+    spoke: Cell<bool>,
 }
 
 impl Activity {
@@ -135,6 +140,8 @@ impl Activity {
             head_since: Cell::new(None),
             quiet_since: Cell::new(now),
             uploads: Arc::default(),
+            write_blocked: Cell::new(false),
+            spoke: Cell::new(false),
         }
     }
 
@@ -146,6 +153,19 @@ impl Activity {
     pub(crate) fn request_ended(&self, now: Instant) {
         self.in_flight.set(self.in_flight.get() - 1);
         self.quiet_since.set(now);
+        self.spoke.set(true);
+    }
+
+    /// Whether nothing has been going on for long enough that hyper's part can be given back.
+    fn is_asleep(&self, limits: &HttpLimits, now: Instant) -> bool {
+        let quiet = now.saturating_duration_since(self.quiet_since.get());
+        self.in_flight.get() == 0
+            && self.head_since.get().is_none()
+            && !self.write_blocked.get()
+            // Nobody holds a body whose rest may still come: hyper alone knows where that rest ends.
+            && Arc::strong_count(&self.uploads) == 1
+            && !self.uploads.was_cut()
+            && limits.hibernate_after.is_some_and(|limit| quiet >= limit)
     }
 
     fn bytes_came(&self, now: Instant) {
@@ -170,7 +190,7 @@ impl Activity {
 trait Speaking {
     fn poll_done(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>>;
     fn drain(self: Pin<&mut Self>);
-    /// The I/O, once the connection is done.
+    /// The I/O, with what was read and not used.
     fn into_io(self: Pin<Box<Self>>) -> HttpIo;
 }
 
@@ -190,15 +210,14 @@ where
     }
 
     fn into_io(self: Pin<Box<Self>>) -> HttpIo {
-        (*Pin::into_inner(self)).into_parts().io
+        let parts = (*Pin::into_inner(self)).into_parts();
+        HttpIo { replay: parts.read_buf, ..parts.io }
     }
 }
 
-type Speak = Box<dyn FnOnce(HttpIo) -> Pin<Box<dyn Speaking>>>;
-
 enum Stage {
-    /// Nothing has been received yet.
-    Silent(HttpIo, Speak),
+    /// Nothing has been received yet, or for long.
+    Silent(HttpIo),
     Speaking(Pin<Box<dyn Speaking>>),
     /// All is answered; what still comes in is thrown away for a while.
     Lingering { io: HttpIo, bytes_left: usize },
@@ -208,6 +227,9 @@ enum Stage {
 /// A connection's task.
 struct Connection {
     core: Rc<Core>,
+    speak: Rc<dyn Speak>,
+    peer: SocketAddr,
+    listener: Arc<str>,
     activity: Rc<Activity>,
     stage: Stage,
     /// Armed for no later than the deadline of what the client is doing; checked when it fires, so that a request costs
@@ -232,8 +254,10 @@ impl Future for Connection {
         let this = &mut *self;
         if this.draining == Draining::No && this.core.draining().is_some() {
             this.draining = Draining::Noticed;
-            if matches!(this.stage, Stage::Silent(..)) {
-                this.timer = Some(Sleep::until(this.core.now() + DRAIN_GRACE));
+            if let Stage::Silent(io) = &this.stage {
+                // One that is idle between requests is closed; a new one may still be sending its first.
+                let grace = if this.activity.spoke.get() && !io.stream.is_readable() { Duration::ZERO } else { DRAIN_GRACE };
+                this.timer = Some(Sleep::until(this.core.now() + grace));
             }
         }
         if this.poll_stages(context).is_ready() || this.poll_timer(context).is_ready() {
@@ -248,12 +272,11 @@ impl Connection {
     fn poll_stages(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             match &mut self.stage {
-                Stage::Silent(io, _) => {
-                    ready!(io.stream.poll_readable(context));
-                    let Stage::Silent(io, speak) = std::mem::replace(&mut self.stage, Stage::Done) else {
-                        return Poll::Ready(());
-                    };
-                    self.stage = Stage::Speaking(speak(io));
+                Stage::Silent(io) => {
+                    if io.replay.is_empty() {
+                        ready!(io.stream.poll_readable(context));
+                    }
+                    self.begin_to_speak();
                 }
                 Stage::Speaking(speaking) => match speaking.as_mut().poll_done(context) {
                     Poll::Pending if self.draining == Draining::Noticed => {
@@ -274,6 +297,22 @@ impl Connection {
         }
     }
 
+    fn begin_to_speak(&mut self) {
+        if let Stage::Silent(io) = std::mem::replace(&mut self.stage, Stage::Done) {
+            let info = ConnectionInfo::new(Some(self.peer), &self.listener);
+            self.stage = Stage::Speaking(self.speak.speak(io, info));
+            self.timer = Some(Sleep::until(self.core.now() + self.look_again()));
+        }
+    }
+
+    /// Gives hyper's part back; the next byte makes it anew.
+    fn hibernate(&mut self) {
+        if let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done) {
+            self.stage = Stage::Silent(speaking.into_io());
+            self.timer = self.activity.deadline(&self.core.settings.http).map(Sleep::until);
+        }
+    }
+
     /// hyper is done and has shut our direction: close now, or linger for what the client is still sending.
     fn finish(&mut self, done: Result<(), hyper::Error>) {
         if let Err(error) = done {
@@ -288,36 +327,47 @@ impl Connection {
 
     /// Ready when the client has taken too long.
     fn poll_timer(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let deadline = match self.stage {
-            Stage::Speaking(_) => self.activity.deadline(&self.core.settings.http),
-            _ => None,
-        };
-        let Some(timer) = &mut self.timer else { return Poll::Pending };
-        if deadline.is_some_and(|deadline| deadline < timer.deadline()) {
-            // A head has begun: its limit is nearer than the idle one.
-            timer.reset(deadline.expect("just compared"));
-        }
         let now = self.core.now();
-        if timer.is_waiting(now) {
-            return Poll::Pending;
-        }
-        while Pin::new(&mut *timer).poll(context).is_ready() {
+        loop {
+            let (deadline, look_again) = (self.deadline(), self.look_again());
+            let Some(timer) = &mut self.timer else { return Poll::Pending };
+            if let Some(nearer) = deadline.filter(|deadline| *deadline < timer.deadline()) {
+                // A head has begun: its limit is nearer than what was waited for.
+                timer.reset(nearer);
+            }
+            if timer.is_waiting(now) {
+                return Poll::Pending;
+            }
+            ready!(Pin::new(&mut *timer).poll(context));
             match (&self.stage, deadline) {
-                // At work: look again later.
-                (Stage::Speaking(_), None) => timer.reset(now + LOOK_AGAIN),
-                (Stage::Speaking(_), Some(deadline)) if deadline > now => timer.reset(deadline),
-                _ => {
-                    self.core.cells.timed_out.add(1);
-                    return Poll::Ready(());
-                }
+                (Stage::Speaking(_), Some(deadline)) if deadline <= now => return self.time_out(),
+                (Stage::Speaking(_), _) if self.activity.is_asleep(&self.core.settings.http, now) => self.hibernate(),
+                // Lively, or at work: look again later.
+                (Stage::Speaking(_), _) => timer.reset(now + look_again),
+                _ => return self.time_out(),
+            }
+            if matches!(self.stage, Stage::Silent(_)) && self.poll_stages(context).is_ready() {
+                return Poll::Ready(());
             }
         }
-        Poll::Pending
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Speaking(_) => self.activity.deadline(&self.core.settings.http),
+            _ => None,
+        }
+    }
+
+    fn look_again(&self) -> Duration {
+        self.core.settings.http.hibernate_after.unwrap_or(LOOK_AGAIN)
+    }
+
+    fn time_out(&self) -> Poll<()> {
+        self.core.cells.timed_out.add(1);
+        Poll::Ready(())
     }
 }
-
-/// How often a connection that is at work is looked at by its timer, which has nothing to do meanwhile.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 impl Drop for Connection {
     fn drop(&mut self) {
@@ -330,15 +380,23 @@ struct HttpIo {
     stream: Stream,
     activity: Rc<Activity>,
     core: Rc<Core>,
+    /// Bytes that were read before and not used: to be read again first.
+    replay: Bytes,
 }
 
 impl hyper::rt::Read for HttpIo {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
-        buffer: ReadBufCursor<'_>,
+        mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if !this.replay.is_empty() {
+            let count = this.replay.len().min(buffer.remaining());
+            buffer.put_slice(&this.replay.split_to(count));
+            this.activity.bytes_came(this.core.now());
+            return Poll::Ready(Ok(()));
+        }
         let polled = hyper::rt::Read::poll_read(Pin::new(&mut this.stream), context, buffer);
         if polled.is_ready() {
             this.activity.bytes_came(this.core.now());
@@ -351,6 +409,7 @@ impl hyper::rt::Write for HttpIo {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let polled = hyper::rt::Write::poll_write(Pin::new(&mut this.stream), context, bytes);
+        this.activity.write_blocked.set(polled.is_pending());
         if polled.is_ready() {
             this.activity.quiet_since.set(this.core.now());
         }

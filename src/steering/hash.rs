@@ -8,6 +8,7 @@
 //! then it is 0 for all and one slot gets everything; on loopback the sending socket, and then 30
 //! connects from one port met all of four slots.
 
+#[cfg(test)]
 use std::net::SocketAddr;
 
 use libc::{
@@ -32,6 +33,7 @@ impl Hash {
 
     /// What the program computes, as a function: the slot for a connection from `client` to the
     /// local `port`. The list must be as in [`Steering::program`].
+    #[cfg(test)]
     pub fn slot(&self, client: SocketAddr, port: u16, active: &[u16]) -> Option<u16> {
         let words: Vec<u32> = match client {
             SocketAddr::V4(client) => vec![u32::from(*client.ip())],

@@ -75,11 +75,13 @@ impl Table {
     }
 
     /// The policy's name.
+    #[cfg(test)]
     pub fn policy(&self) -> &'static str {
         self.policy.name()
     }
 
     /// The slots that the programs in force choose from, ascending; `None` if that is not known.
+    #[cfg(test)]
     pub fn in_force(&self) -> Option<&[u16]> {
         self.in_force.as_deref()
     }

@@ -32,6 +32,7 @@ pub use message::{
     Action, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, StopMode, Stopped,
 };
 use slot::{Limit, Random, Slot, State, Thread, Verdict, later};
+#[cfg_attr(not(test), expect(unused_imports, reason = "for the handle's view of the slots"))]
 pub use slot::{SlotState, SlotStatus};
 
 /// How long a generation told to stop at once may take before its thread is given up.
@@ -134,11 +135,13 @@ impl Policy {
     }
 
     /// What a load balancer is told at present.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the handle's view of the slots, and readiness checks"))]
     pub fn readiness(&self) -> Readiness {
         self.readiness
     }
 
     /// Every slot as it stands, in order.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the handle's view of the slots, and readiness checks"))]
     pub fn slots(&self) -> impl Iterator<Item = SlotStatus> + '_ {
         self.slots.iter().map(Slot::status)
     }

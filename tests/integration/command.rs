@@ -16,7 +16,7 @@ fn usage_errors_are_explained_and_end_with_status_2() {
         (&["--cpus", "999"], &["999"]),
         (&["--cpus", "a-b"], &["a-b"]),
         (&["--root", "/no/such/directory"], &["/no/such/directory"]),
-        (&["--idle-timeout", "-1"], &["--idle-timeout"]),
+        (&["--idle-timeout=-1"], &["--idle-timeout"]),
         (&["--header-bytes", "10"], &["8192"]),
         (&["--log", "ringleader=loud"], &["--log"]),
         (&["--no-such-flag"], &["--no-such-flag"]),
@@ -107,7 +107,10 @@ fn the_built_in_application_answers() {
     assert!(hello.header("content-type").is_some_and(|kind| kind.starts_with("text/plain")));
     assert!(hello.header("date").is_some());
     let json = client.get("/json");
-    assert_eq!((json.header("content-type"), json.text()), (Some("application/json"), r#"{"message":"Hello, World!"}"#));
+    assert_eq!(
+        (json.header("content-type"), json.text()),
+        (Some("application/json"), r#"{"message":"Hello, World!"}"#)
+    );
     let whoami = client.get("/whoami");
     for word in [
         r#""executor":0,"#,

@@ -163,7 +163,9 @@ fn connection_close_closes_after_the_answer() {
 #[test]
 fn what_is_not_http_is_answered_with_400() {
     let site = Site::serving(repeat);
-    for nonsense in ["NONSENSE\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", "GET / HTTP/1.1\r\nno colon\r\n\r\n", "\0\0\0\0\r\n\r\n"] {
+    for nonsense in
+        ["NONSENSE\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", "GET / HTTP/1.1\r\nno colon\r\n\r\n", "\0\0\0\0\r\n\r\n"]
+    {
         let mut client = site.connect();
         client.send(nonsense);
         assert_eq!(client.answer().status, 400, "{nonsense:?}");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ringleader::{Body, Request, Response, Stop, service_fn};
 
-use crate::support::{BOUND, Client, Gate, Site, echo, eventually, local, settle};
+use crate::support::{BOUND, Client, Gate, Site, echo, eventually, expect_refusal, local, settle};
 
 /// A server whose handlers wait at the gate, except for `/`.
 fn gated(executors: usize) -> (Site, Gate) {
@@ -43,7 +43,7 @@ fn stop_now_closes_everything() {
     assert_eq!(exit.abandoned, 0);
     idle.expect_end();
     waiting.expect_end();
-    assert!(Client::try_connect(address).is_err(), "nothing listens any more");
+    expect_refusal(address);
     assert!(!site.stats().ready);
 }
 
@@ -58,7 +58,7 @@ fn a_drain_answers_what_has_been_asked_and_closes_the_rest() {
     eventually("the handlers run", || in_flight(&site) == 8);
     let exit = site.stop(Stop::Drain(BOUND));
     idle.iter_mut().for_each(Client::expect_end);
-    eventually("new connections are refused", || Client::try_connect(address).is_err());
+    expect_refusal(address);
     assert!(!site.stats().ready);
     assert_eq!(in_flight(&site), 8, "they are still waited for");
     gate.open();
@@ -186,7 +186,7 @@ fn dropping_the_owner_stops_the_server() {
     drop(running);
     client.expect_end();
     settle(handle.stop(Stop::Now)).expect("it has stopped");
-    assert!(Client::try_connect(address).is_err());
+    expect_refusal(address);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod command;
 mod descriptors;
 mod distribution;
 mod http1;
+mod idle;
 mod leaks;
 mod lifecycle;
 mod limits;

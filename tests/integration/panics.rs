@@ -234,9 +234,7 @@ fn an_escaped_panic_costs_other_executors_nothing() {
         .collect();
     let (mut villain, felled) = clients.pop().expect("there are clients");
     villain.ask("/escape");
-    eventually("the executor is replaced", || {
-        site.stats().executors.iter().any(|executor| executor.generation == 2)
-    });
+    eventually("the executor is replaced", || site.stats().executors.iter().any(|executor| executor.generation == 2));
     for (client, home) in &mut clients {
         if *home == felled {
             client.expect_end();

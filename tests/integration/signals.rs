@@ -1,6 +1,6 @@
 //! Signals to the command.
 
-use crate::support::{Client, Process, spawn};
+use crate::support::{Client, Process, expect_refusal, spawn};
 
 /// A server with a request under way, and its client.
 fn busy(arguments: &[&str]) -> (Process, Client) {
@@ -17,15 +17,15 @@ fn drains(signal: i32, name: &str) {
     wait_until_in_flight(&server);
     server.signal(signal);
     server.wait_for_line(name);
-    server.wait_until_refusing();
+    expect_refusal(server.address());
     let answer = client.answer();
     assert_eq!((answer.status, answer.text()), (200, "slept\n"));
     assert!(answer.closes());
     server.wait().expect(0, &["drained=true"]);
 }
 
-/// A request sent before another connection's is answered is not known to be taken up; looking at the server's own
-/// account of it would need the same executor. Asking each executor for an answer flushes what was sent before.
+/// Each executor takes up what arrives in its order: an answer from every one of them to a later request says that the
+/// earlier one is under way.
 fn wait_until_in_flight(server: &Process) {
     for _ in 0..16 {
         assert_eq!(server.connect().get("/").status, 200);

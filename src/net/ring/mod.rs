@@ -77,6 +77,7 @@ struct Operation {
     /// What the kernel reads while a send is in flight; its heap block does not move when the row does.
     bytes: Vec<u8>,
     /// What the kernel reads when a timeout is submitted.
+    #[expect(dead_code, reason = "kept for the kernel, nobody else reads it")]
     timeout: Option<Box<types::Timespec>>,
 }
 
@@ -268,6 +269,7 @@ impl Ring {
     }
 
     /// Operations the kernel still has.
+    #[cfg(test)]
     pub(crate) fn in_flight(&self) -> usize {
         self.operations.len()
     }

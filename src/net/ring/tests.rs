@@ -364,8 +364,7 @@ fn a_watch_ends_when_completions_overflow() {
     let completions = reap_until(&mut ring, "all", |all| {
         all.len() > 2 * COMPLETION_ENTRIES as usize && all.iter().any(|one| one.purpose == Purpose::Inbox)
     });
-    let watch: Vec<bool> =
-        completions.iter().filter(|one| one.purpose == Purpose::Inbox).map(|one| one.more).collect();
+    let watch: Vec<bool> = completions.iter().filter(|one| one.purpose == Purpose::Inbox).map(|one| one.more).collect();
     println!("the watch reported {watch:?}, in flight {}", ring.in_flight());
     assert_eq!(watch.last(), Some(&(ring.in_flight() == 1)), "`more` and the table agree on whether the watch goes on");
 }

@@ -193,12 +193,7 @@ impl Client {
 
     fn fill(&mut self) -> io::Result<usize> {
         let mut buffer = [0; 16 * 1024];
-        let count = loop {
-            match self.stream.read(&mut buffer) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                other => break other?,
-            }
-        };
+        let count = self.stream.read(&mut buffer)?;
         self.input.extend_from_slice(&buffer[..count]);
         Ok(count)
     }

@@ -93,6 +93,12 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// Waits until nothing listens on an address any more. That takes a moment even when the listeners are closed, since
+/// other tests fork: their children hold every descriptor until they exec.
+pub fn expect_refusal(address: SocketAddr) {
+    eventually("new connections are refused", || Client::try_connect(address).is_err());
+}
+
 /// A gate that handlers wait at until the test opens it, for good.
 #[derive(Clone)]
 pub struct Gate {

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use super::{BOUND, Client, eventually};
+use super::{BOUND, Client};
 
 /// A running command; killed when the test is done with it.
 pub struct Process {
@@ -34,9 +34,8 @@ pub fn spawn(wrapper: &[&str], arguments: &[&str]) -> Process {
     let mut process = Process::start(wrapper, &[&["serve"], listen, arguments].concat());
     let line = process.wait_for_line("serving on ");
     let urls = line.split("serving on ").nth(1).unwrap_or_default().split(" and ");
-    process.addresses = urls
-        .map(|url| url.trim().trim_start_matches("http://").parse().expect("an address follows http://"))
-        .collect();
+    process.addresses =
+        urls.map(|url| url.trim().trim_start_matches("http://").parse().expect("an address follows http://")).collect();
     process
 }
 
@@ -157,12 +156,6 @@ impl Process {
         let result =
             unsafe { libc::prlimit(self.id() as i32, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
         assert_eq!(result, 0, "prlimit: {}", std::io::Error::last_os_error());
-    }
-
-    /// Waits until nothing listens on its address any more.
-    pub fn wait_until_refusing(&self) {
-        let address = self.address();
-        eventually("new connections are refused", || Client::try_connect(address).is_err());
     }
 }
 

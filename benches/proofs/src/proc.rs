@@ -1,0 +1,95 @@
+//! What /proc says about the server: descriptors, threads, memory, CPU time, wake-ups; and who listens on a port.
+
+use std::fs;
+use std::io;
+use std::time::Instant;
+
+/// One look at a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    pub at: Instant,
+    pub fds: u64,
+    pub threads: u64,
+    /// Bytes.
+    pub rss: u64,
+    /// Bytes; the most since the process began.
+    pub rss_peak: u64,
+    /// Nanoseconds on a CPU, of the threads that live.
+    pub cpu_ns: u64,
+    /// Nanoseconds that these threads were runnable and did not run.
+    pub queued_ns: u64,
+}
+
+/// One look at a thread.
+#[derive(Clone, Debug)]
+pub struct Thread {
+    pub id: u32,
+    pub name: String,
+    pub cpu_ns: u64,
+    /// Times that it gave up the CPU of itself, that is: slept and was woken.
+    pub sleeps: u64,
+}
+
+pub fn sample(pid: u32) -> io::Result<Sample> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    Ok(Sample {
+        at: Instant::now(),
+        fds: fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
+        threads: field(&status, "Threads:"),
+        rss: field(&status, "VmRSS:") * 1024,
+        rss_peak: field(&status, "VmHWM:") * 1024,
+        cpu_ns: cpu_ns(pid)?,
+        queued_ns: thread_ids(pid)?.into_iter().map(|id| schedstat(pid, id, 1)).sum(),
+    })
+}
+
+/// Proportional set size in bytes: memory shared with other processes counts in parts. Costs a walk over all pages.
+pub fn pss(pid: u32) -> io::Result<u64> {
+    Ok(field(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?, "Pss:") * 1024)
+}
+
+/// Time on a CPU of all threads that live. A thread that ended meanwhile takes its time with it.
+pub fn cpu_ns(pid: u32) -> io::Result<u64> {
+    Ok(thread_ids(pid)?.into_iter().map(|id| schedstat(pid, id, 0)).sum())
+}
+
+pub fn threads(pid: u32) -> io::Result<Vec<Thread>> {
+    let look = |id| {
+        let status = fs::read_to_string(format!("/proc/{pid}/task/{id}/status")).ok()?;
+        let name = status.lines().find_map(|line| line.strip_prefix("Name:"))?.trim().to_owned();
+        Some(Thread { id, name, cpu_ns: schedstat(pid, id, 0), sleeps: field(&status, "voluntary_ctxt_switches:") })
+    };
+    Ok(thread_ids(pid)?.into_iter().filter_map(look).collect())
+}
+
+fn thread_ids(pid: u32) -> io::Result<Vec<u32>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task"))?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// The scheduler's account, in nanoseconds; /proc/PID/stat counts in ticks of 10 ms and misses short turns.
+/// Field 0 is time on a CPU, field 1 time spent runnable without one.
+fn schedstat(pid: u32, id: u32, field: usize) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{id}/schedstat")).unwrap_or_default();
+    text.split_whitespace().nth(field).and_then(|time| time.parse().ok()).unwrap_or(0)
+}
+
+fn field(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+    line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
+/// How many sockets listen on a TCP port, of any process and address.
+pub fn listeners(port: u16) -> usize {
+    let listens = |line: &str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let local = fields.next().and_then(|address| address.rsplit(':').next()?.to_owned().into());
+        let state = fields.nth(1);
+        state == Some("0A") && local.and_then(|text: String| u16::from_str_radix(&text, 16).ok()) == Some(port)
+    };
+    ["/proc/net/tcp", "/proc/net/tcp6"]
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .map(|table| table.lines().skip(1).filter(|line| listens(line)).count())
+        .sum()
+}

@@ -1,0 +1,26 @@
+//! How do I serve files?
+//!
+//! ```sh
+//! cargo run --example static_files -- /usr/share/doc
+//! curl -i http://127.0.0.1:8080/
+//! curl -i -r 0-99 http://127.0.0.1:8080/bash/copyright
+//! ```
+
+use std::path::PathBuf;
+
+use ringleader::{Files, Request, Server, service_fn};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let root = std::env::args_os().nth(1).map_or_else(|| PathBuf::from("."), PathBuf::from);
+    // A directory that cannot be served is better known before anything has started.
+    drop(Files::open(&root)?);
+    println!("serving {} on http://127.0.0.1:8080", root.display());
+    let server = Server::builder().listen("127.0.0.1:8080").stop_on_signals().serve(async move |_| {
+        // Each executor opens the directory for itself. What is read from a disk goes through its ring: a slow disk
+        // keeps this request waiting and no other.
+        let files = Files::open(&root)?.listing(true);
+        Ok(service_fn(async move |request: Request| Ok(files.respond(&request).await)))
+    });
+    server.run()?;
+    Ok(())
+}

@@ -1,0 +1,253 @@
+//! Rules of the house that a machine can check, with the table of who may import whom.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Lines of a file that can still be read in one sitting.
+const LINES_MAX: usize = 700;
+
+/// Each module of `src` and those it may import, from the top downward. `root` is what `lib.rs` re-exports.
+///
+/// Three rows look upward: what a slot's thread runs is described by `server` (the factory of a service, the connector
+/// of a connection), the start-up closure is handed a `shard`, and a stream belongs to the `executor` that owns its ring.
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    // The command is a user of the public interface: it imports `ringleader`, which needs no row.
+    ("cli", &[]),
+    // For the benches of this package.
+    ("internals", &["executor", "net"]),
+    (
+        "server",
+        &[
+            "root",
+            "error",
+            "executor",
+            "handle",
+            "net",
+            "order",
+            "protocol",
+            "service",
+            "settings",
+            "shard",
+            "steering",
+            "supervisor",
+            "sys",
+        ],
+    ),
+    ("supervisor", &["root", "error", "executor", "handle", "order", "steering"]),
+    ("handle", &["root", "executor", "order", "shard", "supervisor"]),
+    ("shard", &["root", "executor", "handle", "protocol", "sys", "time"]),
+    ("protocol", &["root", "body", "executor", "net", "server", "service", "settings", "time"]),
+    ("executor", &["files", "net", "server", "settings", "shard", "sys"]),
+    ("net", &["executor", "sys"]),
+    ("steering", &["sys"]),
+    ("body", &["root", "time"]),
+    ("service", &["root"]),
+    ("time", &["executor", "net"]),
+    ("order", &["root"]),
+    ("files", &[]),
+    ("error", &[]),
+    ("settings", &[]),
+    ("sys", &[]),
+];
+
+/// Where `unsafe` may be: system calls, the ring, and two doors to a descriptor.
+const UNSAFE: &[&str] = &["src/sys/", "src/net/ring/", "src/files/open.rs", "src/executor/park.rs"];
+
+/// What the pure part of the supervisor must not know of.
+const IMPURE: &[&str] =
+    &["crate::", "glommio", "io_uring", "libc", "std::net", "std::thread", "std::fs", "Instant::now", "SystemTime"];
+
+/// A file of ours.
+struct Source {
+    /// Relative to the package.
+    path: String,
+    text: String,
+    /// Compiled for tests only.
+    of_tests: bool,
+}
+
+impl Source {
+    /// What is compiled into the product, line by line with its number; comments left out.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        let lines = if self.of_tests { 0 } else { self.test_module_line() };
+        let without_comment = |line| str::split(line, "//").next().unwrap_or_default();
+        self.text.lines().take(lines).enumerate().map(move |(index, line)| (index + 1, without_comment(line)))
+    }
+
+    /// The line before a test module that is written in this file; by custom the last thing in it.
+    fn test_module_line(&self) -> usize {
+        let lines: Vec<&str> = self.text.lines().collect();
+        let begins = |pair: &[&str]| pair[0] == "#[cfg(test)]" && pair[1].starts_with("mod ") && pair[1].ends_with('{');
+        lines.windows(2).position(begins).unwrap_or(lines.len())
+    }
+
+    /// `src/net/ring/mod.rs` is of module `net`.
+    fn module(&self) -> &str {
+        let inside = self.path.trim_start_matches("src/");
+        inside.split('/').next().unwrap_or(inside).trim_end_matches(".rs")
+    }
+
+    /// Paths, without `.rs`, of the modules that this file declares for tests only.
+    fn test_modules(&self) -> Vec<String> {
+        let home = match self.path.trim_end_matches(".rs") {
+            path if path.ends_with("/mod") || path.ends_with("/lib") => {
+                path.rsplit_once('/').map_or(path, |parts| parts.0)
+            }
+            path => path,
+        };
+        let lines: Vec<&str> = self.text.lines().collect();
+        let declared = |pair: &[&str]| {
+            let (before, name) = pair[1].strip_suffix(';')?.split_once("mod ")?;
+            (pair[0] == "#[cfg(test)]" && !before.contains("//")).then(|| format!("{home}/{name}"))
+        };
+        lines.windows(2).filter_map(declared).collect()
+    }
+}
+
+/// Every Rust file below a directory of the package.
+fn sources(directory: &str) -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    let mut directories = vec![root.join(directory)];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).expect("the package is readable") {
+            let path: PathBuf = entry.expect("the package is readable").path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).expect("sources are text");
+                let path = path.strip_prefix(root).expect("it was found there").display().to_string();
+                found.push(Source { of_tests: path.starts_with("tests/"), path, text });
+            }
+        }
+    }
+    let of_tests: Vec<String> = found.iter().flat_map(Source::test_modules).collect();
+    for source in &mut found {
+        let path = source.path.trim_end_matches(".rs").to_owned();
+        source.of_tests |= of_tests.iter().any(|module| path == *module || path.starts_with(&format!("{module}/")));
+    }
+    assert!(found.len() > 2, "the sources are not where they are looked for");
+    found
+}
+
+/// The modules that a line of code names after `crate::`.
+fn imports(line: &str) -> Vec<&str> {
+    let first_name = |text: &'_ str| text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+    let module = |name: &'_ str| name.starts_with(char::is_lowercase);
+    line.split("crate::")
+        .skip(1)
+        .flat_map(|rest| rest.strip_prefix('{').map_or(vec![rest], |list| list.split([',', '}']).collect()))
+        .map(|rest| rest.trim_start())
+        .map(move |rest| &rest[..first_name(rest)])
+        .filter(|name| !name.is_empty())
+        .map(move |name| if module(name) { name } else { "root" })
+        .collect()
+}
+
+/// Fails with all that was found, one per line.
+#[track_caller]
+fn expect_none(what: &str, found: Vec<String>) {
+    assert!(found.is_empty(), "{what}:\n{}", found.join("\n"));
+}
+
+#[test]
+fn modules_import_what_the_table_allows() {
+    let mut found = Vec::new();
+    for source in sources("src").iter().filter(|source| !matches!(source.module(), "lib" | "main")) {
+        let row = MAY_IMPORT.iter().find(|(module, _)| *module == source.module());
+        let Some((module, allowed)) = row else {
+            found.push(format!("{}: its module has no row in the table of tests/tidy.rs", source.path));
+            continue;
+        };
+        for (number, line) in source.code() {
+            for import in imports(line).iter().filter(|import| *import != module && !allowed.contains(import)) {
+                found.push(format!("{}:{number}: {module} may not import {import}", source.path));
+            }
+        }
+    }
+    expect_none("imports that the table in tests/tidy.rs does not allow", found);
+}
+
+#[test]
+fn the_table_of_imports_is_not_wider_than_needed() {
+    let sources = sources("src");
+    let used = |module: &str, import: &str| {
+        let of_module = sources.iter().filter(|source| source.module() == module);
+        of_module.flat_map(Source::code).any(|(_, line)| imports(line).contains(&import))
+    };
+    let mut found = Vec::new();
+    for (module, allowed) in MAY_IMPORT {
+        found.extend(allowed.iter().filter(|import| !used(module, import)).map(|import| format!("{module}: {import}")));
+    }
+    expect_none("rows of the table in tests/tidy.rs that nothing uses", found);
+}
+
+#[test]
+fn the_policy_is_pure() {
+    let mut found = Vec::new();
+    for source in sources("src").iter().filter(|source| source.path.starts_with("src/supervisor/policy")) {
+        for (number, line) in source.code() {
+            let impure = IMPURE.iter().filter(|word| line.contains(**word));
+            found.extend(impure.map(|word| format!("{}:{number}: {word}", source.path)));
+        }
+    }
+    expect_none("the policy decides, and knows nothing of how it is done", found);
+}
+
+/// Lines of code of `src` that contain one of `words`, except in files that begin with one of `exempt`.
+fn lines_with(words: &[&str], exempt: &[&str]) -> Vec<String> {
+    let mut found = Vec::new();
+    for source in sources("src").iter().filter(|source| !exempt.iter().any(|path| source.path.starts_with(path))) {
+        let with_word = source.code().filter(|(_, line)| words.iter().any(|word| line.contains(word)));
+        found.extend(with_word.map(|(number, line)| format!("{}:{number}: {}", source.path, line.trim())));
+    }
+    found
+}
+
+#[test]
+fn unsafe_code_is_in_few_places() {
+    let words = ["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "unsafe trait"];
+    expect_none("unsafe code outside of its places", lines_with(&words, UNSAFE));
+}
+
+#[test]
+fn only_the_command_prints() {
+    let words = ["println!(", "eprintln!(", "print!(", "eprint!("];
+    expect_none("a library does not print", lines_with(&words, &["src/cli/"]));
+}
+
+#[test]
+fn nothing_is_left_unfinished() {
+    let words = ["todo!(", "unimplemented!(", "dbg!("];
+    expect_none("unfinished code", lines_with(&words, &[]));
+}
+
+#[test]
+fn the_product_does_not_unwrap() {
+    expect_none("say in `expect` why it cannot fail", lines_with(&[".unwrap()"], &[]));
+}
+
+#[test]
+fn no_test_is_ignored() {
+    let ignore = concat!("#[ig", "nore");
+    let all = sources("src").into_iter().chain(sources("tests"));
+    expect_none(
+        "tests that nobody runs",
+        all.filter(|source| source.text.contains(ignore)).map(|source| source.path).collect(),
+    );
+}
+
+#[test]
+fn files_say_what_they_are_for_and_end_in_time() {
+    let mut found = Vec::new();
+    for source in sources("src").into_iter().chain(sources("tests")) {
+        if !source.text.starts_with("//!") {
+            found.push(format!("{}: it does not begin with `//!`", source.path));
+        }
+        let lines = source.text.lines().count();
+        if lines > LINES_MAX {
+            found.push(format!("{}: {lines} lines, {LINES_MAX} at most", source.path));
+        }
+    }
+    expect_none("files", found);
+}
