@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::accept::{Acceptor, watched};
@@ -72,7 +73,7 @@ enum Next {
 }
 
 /// Runs generation `number` in `seat` until it ends, and takes it down.
-pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell) -> Ended {
+pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox_bell: &mut Doorbell) -> Ended {
     let core = match start(seat, number, bell) {
         Ok(core) => core,
         Err(error) => return Ended::Failed(Failure::Start(format!("setting up the executor's io_uring: {error}"))),
@@ -89,7 +90,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell) -> En
         announced: false,
         core: Rc::clone(&core),
     };
-    let ended = generation.turns(seat, bell).await;
+    let ended = generation.turns(seat, bell, inbox_bell).await;
     // The user's things may panic when they are dropped; the ring must come down all the same.
     let dropped = catch_unwind(AssertUnwindSafe(|| {
         core.tasks.clear();
@@ -140,7 +141,7 @@ fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>) -> Rc<RefCell<Option<Rc<dyn 
 }
 
 impl Generation {
-    async fn turns(&mut self, seat: &SlotSeat, bell: &mut Doorbell) -> Ended {
+    async fn turns(&mut self, seat: &SlotSeat, bell: &mut Doorbell, inbox_bell: &mut Doorbell) -> Ended {
         loop {
             // A panic in what follows is ours, not a task's: it costs this generation.
             match catch_unwind(AssertUnwindSafe(|| self.turn(seat))) {
@@ -153,7 +154,14 @@ impl Generation {
                     self.core.driver().ring().signal_eventfd(true);
                     // What the kernel completed before the signal was switched on would ring no bell.
                     if !self.core.driver().ring().wants_enter() {
-                        bell.wait(limit, |context| self.core.tasks.poll_woken(context)).await;
+                        // The inbox rings by itself. By way of our ring it would be late or not heard: inside the wake-up
+                        // of one eventfd the kernel puts off signalling another (`io_eventfd_signal`) by an RCU grace
+                        // period, and 6.18 never does so a second time.
+                        let woken = |context: &mut Context<'_>| match inbox_bell.poll_rung(context) {
+                            Poll::Ready(()) => Poll::Ready(()),
+                            Poll::Pending => self.core.tasks.poll_woken(context),
+                        };
+                        bell.wait(limit, woken).await;
                         self.core.tasks.awake();
                     }
                     self.core.driver().ring().signal_eventfd(false);

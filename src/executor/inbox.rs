@@ -103,6 +103,11 @@ impl Inbox {
         self.filled.swap(false, Ordering::AcqRel);
     }
 
+    /// Undoes [`Inbox::begin`]: the queues have not been emptied.
+    pub(crate) fn look_again(&self) {
+        self.filled.store(true, Ordering::Release);
+    }
+
     /// Forgets orders that were meant for a thread that has ended.
     pub(crate) fn forget_orders(&self) {
         while self.orders.pop().is_some() {}

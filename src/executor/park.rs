@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use glommio::io::BufferedFile;
@@ -40,8 +40,19 @@ impl Doorbell {
     }
 
     /// Completes when the eventfd has been signalled since the last time, when `woken` is ready, or after `limit`.
-    pub(crate) async fn wait(&mut self, limit: Duration, woken: impl Fn(&Context<'_>) -> Poll<()>) {
+    pub(crate) async fn wait(&mut self, limit: Duration, mut woken: impl FnMut(&mut Context<'_>) -> Poll<()>) {
         let mut timer = Timer::new(limit);
+        poll_fn(|context| {
+            if self.poll_rung(context).is_ready() || woken(context).is_ready() {
+                return Poll::Ready(());
+            }
+            Pin::new(&mut timer).poll(context).map(drop)
+        })
+        .await;
+    }
+
+    /// Ready when the eventfd has been signalled since the last time.
+    pub(crate) fn poll_rung(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let read = self.read.get_or_insert_with(|| {
             let file = Rc::clone(&self.file);
             Box::pin(async move {
@@ -49,19 +60,9 @@ impl Doorbell {
                 let _ = file.read_at(0, 8).await;
             })
         });
-        let rung = poll_fn(|context| {
-            if read.as_mut().poll(context).is_ready() {
-                return Poll::Ready(true);
-            }
-            if woken(context).is_ready() {
-                return Poll::Ready(false);
-            }
-            Pin::new(&mut timer).poll(context).map(|_| false)
-        })
-        .await;
-        if rung {
-            self.read = None;
-        }
+        ready!(read.as_mut().poll(context));
+        self.read = None;
+        Poll::Ready(())
     }
 
     /// Closes the file; to be awaited before the executor ends.

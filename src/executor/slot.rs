@@ -136,7 +136,9 @@ async fn outer(seat: &SlotSeat) {
         seat.inbox.begin();
         match seat.inbox.next_order() {
             Some(Order::Start(number)) => {
-                let ended = generation::run(seat, number, &mut ring_bell).await;
+                // What came after the order to start is the generation's: `begin` has wiped out its announcement.
+                seat.inbox.look_again();
+                let ended = generation::run(seat, number, &mut ring_bell, &mut inbox_bell).await;
                 (seat.reports)(Report::Ended { slot: seat.slot, generation: number, ended });
             }
             Some(Order::Quit) => break,

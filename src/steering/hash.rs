@@ -146,7 +146,8 @@ mod tests {
     use crate::steering::Table;
     use crate::sys::bind::BindError;
     use crate::sys::poll::wait_readable;
-    use crate::sys::socket::{self, ListenOptions, bind_group};
+    use crate::sys::bind::{ListenOptions, bind_group};
+    use crate::sys::socket;
 
     /// Connects 200 times and compares the slot the kernel chose with the function's.
     fn kernel_and_function_agree(listen: &str, connect: std::net::IpAddr, active: &[u16]) {

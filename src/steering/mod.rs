@@ -147,7 +147,7 @@ mod tests {
 
     use super::*;
     use crate::sys::poll::wait_readable;
-    use crate::sys::socket::{ListenOptions, bind_group};
+    use crate::sys::bind::{ListenOptions, bind_group};
 
     /// A group of listeners on loopback and a table over it.
     struct Fixture {

@@ -100,6 +100,27 @@ fn a_task_outlives_its_handle() {
 }
 
 #[test]
+fn a_task_woken_from_another_thread_goes_on_at_once() {
+    let site = Site::start(local(1).serve(async |_| {
+        Ok(service_fn(async move |_: Request| {
+            let (sender, receiver) = tokio::sync::oneshot::channel();
+            std::thread::spawn(move || {
+                // Long enough for the executor to fall asleep.
+                std::thread::sleep(Duration::from_millis(30));
+                sender.send(Instant::now())
+            });
+            let sent = receiver.await?;
+            Ok(Response::new(Body::from(sent.elapsed().as_micros().to_string())))
+        }))
+    }));
+    let mut client = site.connect();
+    let mut delays: Vec<u64> = (0..15).map(|_| client.get("/").text().parse().expect("microseconds")).collect();
+    delays.sort_unstable();
+    // Far from the executor's guard wake-ups (10 ms and 500 ms), which would hide a lost wake.
+    assert!(delays[delays.len() / 2] < 5_000, "{delays:?} µs");
+}
+
+#[test]
 fn a_shard_knows_when_its_executor_drains() {
     let (sender, receiver) = mpsc::channel();
     let gate = Gate::shut();

@@ -118,7 +118,9 @@ impl Ring {
         let buffers = Buffers::new(options.buffers, options.buffer_bytes)?;
         // SAFETY: `buffers` holds a page-aligned block of `entries` ring entries; it is unmapped only after `Drop` of
         // `Ring` has unregistered it.
-        unsafe { ring.submitter().register_buf_ring_with_flags(buffers.ring_address(), buffers.count(), BUFFER_GROUP, 0)? };
+        unsafe {
+            ring.submitter().register_buf_ring_with_flags(buffers.ring_address(), buffers.count(), BUFFER_GROUP, 0)?
+        };
         let (enter_fd, enter_flags) = match register_ring_fd(ring.as_raw_fd()) {
             Ok(index) => (index, ENTER_REGISTERED_RING),
             Err(_) => (ring.as_raw_fd(), 0),
@@ -231,7 +233,9 @@ impl Ring {
         let arguments = types::SubmitArgs::new().timespec(&limit);
         let (address, size) = (std::ptr::from_ref(&arguments).cast(), size_of_val(&arguments));
         match enter(self.enter_fd, submit, wait, ENTER_GETEVENTS | ENTER_EXT_ARG | self.enter_flags, address, size) {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)) => {
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)) =>
+            {
                 Ok(())
             }
             other => other.map(drop),
