@@ -349,7 +349,7 @@ impl Server {
         membarrier::register();
         let cpus = builder.executor_cpus()?;
         let mut warnings = Vec::new();
-        let connections_max = builder.room(cpus.len())?;
+        let connections_max = builder.room(cpus.len(), &mut warnings)?;
         let groups = builder.bind(cpus.len(), &mut warnings)?;
         let table = builder.table(&groups, cpus.len())?;
         let addresses = groups.iter().map(|group| group.address).collect();
@@ -408,7 +408,7 @@ impl Builder {
     }
 
     /// Connections each executor may have open.
-    fn room(&self, executors: usize) -> Result<u64, Error> {
+    fn room(&self, executors: usize, warnings: &mut Vec<String>) -> Result<u64, Error> {
         let limit = limits::nofile()
             .map_err(|error| Error::new(Kind::System, format!("reading the limit on open files: {error}")))?;
         let executors = executors as u64;
@@ -421,6 +421,13 @@ impl Builder {
                 limit.soft, limit.hard
             );
             return Err(Error::new(Kind::System, message));
+        }
+        if let Some(asked) = self.connections_max.filter(|asked| *asked > room) {
+            warnings.push(format!(
+                "{asked} connections per executor were asked for, but the {} open files allowed leave {room} to each of \
+                 {executors}: raise the limit (ulimit -n, LimitNOFILE=)",
+                limit.soft
+            ));
         }
         Ok(self.connections_max.map_or(room, |asked| asked.clamp(1, room)))
     }

@@ -15,6 +15,10 @@ use crate::sys::socket::{self, AcceptFailure};
 pub(crate) const ACCEPTS_PER_TURN_MAX: usize = 64;
 /// Rest after the descriptors ran out: long enough not to spin, short enough to be back soon after some were closed.
 const REST: Duration = Duration::from_millis(50);
+/// How long a slot is full before what waits in its queue is closed unanswered. New connections are steered elsewhere as
+/// soon as it is full; those in its queue already, and all when every slot is full, get this long for a place to fall
+/// vacant.
+const FULL_MAX: Duration = Duration::from_secs(1);
 /// Connections answered with a close when the descriptors have run out, per rest.
 const SHED_MAX: usize = 64;
 
@@ -33,13 +37,14 @@ pub(crate) struct Acceptor {
     reserve: Option<OwnedFd>,
     rest_until: Option<Instant>,
     open_max: u64,
+    full_since: Option<Instant>,
 }
 
 impl Acceptor {
     /// Accepts while fewer than `open_max` connections are open.
     pub(crate) fn new(listeners: Arc<Vec<Listener>>, open_max: u64) -> Self {
         let ready = vec![true; listeners.len()];
-        Self { listeners, ready, reserve: reserve(), rest_until: None, open_max }
+        Self { listeners, ready, reserve: reserve(), rest_until: None, open_max, full_since: None }
     }
 
     pub(crate) fn listeners(&self) -> &[Listener] {
@@ -55,12 +60,19 @@ impl Acceptor {
 
     /// Whether [`Acceptor::accept`] would do anything now.
     pub(crate) fn has_work(&self, now: Instant, open: u64) -> bool {
-        open < self.open_max && self.rest_until.is_none_or(|until| until <= now) && self.ready.contains(&true)
+        let room = open < self.open_max || self.full_since.is_none_or(|since| now >= since + FULL_MAX);
+        room && self.rest_until.is_none_or(|until| until <= now) && self.ready.contains(&true)
     }
 
     /// When to look again although nothing has been reported.
-    pub(crate) fn rest_until(&self) -> Option<Instant> {
-        self.rest_until
+    pub(crate) fn look_again(&self) -> Option<Instant> {
+        let full = self.full_since.filter(|_| self.ready.contains(&true)).map(|since| since + FULL_MAX);
+        self.rest_until.max(full)
+    }
+
+    /// Whether new connections should go elsewhere; one that was full is so until a sixteenth of its places is free.
+    pub(crate) fn is_full(&self, open: u64, was_full: bool) -> bool {
+        open >= if was_full { self.open_max - self.open_max / 16 } else { self.open_max }
     }
 
     /// Accepts a batch from each ready listener and hands each connection to `adopt`.
@@ -90,8 +102,9 @@ impl Acceptor {
         let listener = &listeners[index];
         for _ in 0..ACCEPTS_PER_TURN_MAX {
             if cells.open.get() >= self.open_max {
-                return;
+                return self.full(index, now, cells);
             }
+            self.full_since = None;
             match socket::accept(listener.fd.as_fd()) {
                 Ok((fd, peer)) => {
                     cells.accepted.add(1);
@@ -111,6 +124,26 @@ impl Acceptor {
                     }
                 },
             }
+        }
+    }
+
+    /// There is no place for what waits: closes it when there has been none for long.
+    fn full(&mut self, index: usize, now: Instant, cells: &Cells) {
+        let listener = &self.listeners[index];
+        let since = *self.full_since.get_or_insert(now);
+        if now < since + FULL_MAX {
+            return;
+        }
+        let shed = (0..SHED_MAX).map_while(|_| socket::accept(listener.fd.as_fd()).ok()).count() as u64;
+        cells.shed.add(shed);
+        self.rest_until = Some(now + REST);
+        self.ready[index] = shed == SHED_MAX as u64;
+        if shed > 0 {
+            tracing::warn!(
+                listener = %listener.name, closed = shed, open = cells.open.get(),
+                "an executor has as many connections as it may: more were closed unanswered; raise --connections or the \
+                 limit on open files, or run more executors"
+            );
         }
     }
 

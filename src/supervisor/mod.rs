@@ -4,7 +4,7 @@
 pub(crate) mod policy;
 mod signals;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::Arc;
@@ -46,6 +46,10 @@ struct Supervisor {
     threads: HashMap<(u16, u32), JoinHandle<()>>,
     /// `None` once the server stops, so that listeners can close.
     table: Option<Table>,
+    /// The slots that the policy wants new connections to go to.
+    active: Vec<u16>,
+    /// Those that have no place for one.
+    full: HashSet<u16>,
     shared: Arc<Shared>,
     starting: Option<Promise<Running>>,
     /// What the last failure of each slot said, for messages.
@@ -72,6 +76,8 @@ pub(crate) fn start(
         seats,
         threads: HashMap::new(),
         table: Some(table),
+        active: Vec::new(),
+        full: HashSet::new(),
         shared,
         starting: Some(promise),
         failures: HashMap::new(),
@@ -140,7 +146,13 @@ impl Supervisor {
                 }
                 Some(Event::Ready { slot, generation: generation as u32 })
             }
+            Report::Full { slot, full } => {
+                if full { self.full.insert(slot) } else { self.full.remove(&slot) };
+                self.steer();
+                None
+            }
             Report::Ended { slot, generation, ended } => {
+                self.full.remove(&slot);
                 let how = match &ended {
                     Ended::Drained { in_time: true } => End::Drained,
                     Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,
@@ -184,9 +196,8 @@ impl Supervisor {
                 tracing::error!(slot, thread, "an executor does not answer the order to stop: its thread is left behind");
             }
             Action::SetActive(slots) => {
-                if let Some(Err(error)) = self.table.as_mut().map(|table| table.set_active(&slots)) {
-                    tracing::error!(%error, "steering stays as it was");
-                }
+                self.active = slots;
+                self.steer();
             }
             Action::Readiness(readiness) => {
                 tracing::debug!(?readiness, "readiness");
@@ -202,6 +213,15 @@ impl Supervisor {
                 tracing::error!(slot, ?reason, "the slot is quarantined: it gets no executor until the server is restarted");
             }
             Action::Exit(_) => unreachable!("handled by `run`"),
+        }
+    }
+
+    /// Puts the steering table in force: the active slots that have room; all active ones when none has.
+    fn steer(&mut self) {
+        let with_room: Vec<u16> = self.active.iter().copied().filter(|slot| !self.full.contains(slot)).collect();
+        let slots = if with_room.is_empty() { &self.active } else { &with_room };
+        if let Some(Err(error)) = self.table.as_mut().map(|table| table.set_active(slots)) {
+            tracing::error!(%error, "steering stays as it was");
         }
     }
 

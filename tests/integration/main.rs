@@ -4,6 +4,7 @@
 mod command;
 mod descriptors;
 mod distribution;
+mod fullness;
 mod http1;
 mod idle;
 mod leaks;
