@@ -96,7 +96,14 @@ impl Body {
             Inner::Empty
         } else {
             let watch = Some(Arc::clone(watch));
-            Inner::Incoming(Box::new(Upload { incoming, bytes_left: bytes_max, bytes_max, timeout, waiting: None, watch }))
+            Inner::Incoming(Box::new(Upload {
+                incoming,
+                bytes_left: bytes_max,
+                bytes_max,
+                timeout,
+                waiting: None,
+                watch,
+            }))
         };
         Self { inner, connection: Some(connection) }
     }
@@ -246,10 +253,7 @@ impl<B: HttpBody<Data = Bytes, Error: Into<BoxError>>> HttpBody for ErrorBoxed<B
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         self.body.as_mut().poll_frame(context).map(|frame| frame.map(|frame| frame.map_err(Into::into)))
     }
 

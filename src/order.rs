@@ -28,7 +28,8 @@ struct State<T> {
 
 impl<T> Order<T> {
     pub(crate) fn new() -> (Promise<T>, Self) {
-        let shared = Arc::new(Shared { state: Mutex::new(State { outcome: None, waker: None }), changed: Condvar::new() });
+        let shared =
+            Arc::new(Shared { state: Mutex::new(State { outcome: None, waker: None }), changed: Condvar::new() });
         (Promise(Arc::clone(&shared)), Self(shared))
     }
 

@@ -150,9 +150,12 @@ pub struct Builder {
     http: HttpLimits,
 }
 
+/// The start-up closure's outcome, to be awaited.
+pub(crate) type Boot<'a> = Pin<Box<dyn Future<Output = Result<Rc<dyn Connect>, BoxError>> + 'a>>;
+
 /// Makes one executor's service, again for every generation; the type of it forgotten.
 pub(crate) trait Factory: Send + Sync {
-    fn boot(&self, shard: Shard) -> Pin<Box<dyn Future<Output = Result<Rc<dyn Connect>, BoxError>> + '_>>;
+    fn boot(&self, shard: Shard) -> Boot<'_>;
 }
 
 /// Makes a connection's task.
@@ -167,7 +170,7 @@ where
     F: AsyncFn(Shard) -> Result<S, BoxError> + Send + Sync,
     S: Service,
 {
-    fn boot(&self, shard: Shard) -> Pin<Box<dyn Future<Output = Result<Rc<dyn Connect>, BoxError>> + '_>> {
+    fn boot(&self, shard: Shard) -> Boot<'_> {
         Box::pin(async move {
             let core = Rc::clone(shard.core());
             let service = (self.0)(shard).await?;
@@ -508,10 +511,8 @@ fn seats(
     factory: &Arc<dyn Factory>,
     messages: &mpsc::Sender<Message>,
 ) -> Result<Vec<Arc<SlotSeat>>, Error> {
-    let mut groups: Vec<(Arc<str>, _)> = groups
-        .into_iter()
-        .map(|group| (Arc::from(group.address.to_string()), group.listeners.into_iter()))
-        .collect();
+    let mut groups: Vec<(Arc<str>, _)> =
+        groups.into_iter().map(|group| (Arc::from(group.address.to_string()), group.listeners.into_iter())).collect();
     let mut seats = Vec::new();
     for (slot, cpu) in cpus.iter().enumerate() {
         let listeners = groups

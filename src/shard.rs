@@ -127,7 +127,11 @@ impl Shard {
 
 impl fmt::Debug for Shard {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Shard").field("slot", &self.core.slot).field("generation", &self.core.generation).finish()
+        formatter
+            .debug_struct("Shard")
+            .field("slot", &self.core.slot)
+            .field("generation", &self.core.generation)
+            .finish()
     }
 }
 

@@ -132,10 +132,7 @@ impl HttpBody for AppBody {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
             Self::Plain(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
             Self::File(body) => Pin::new(body).poll_frame(context).map_err(|error: io::Error| error.into()),

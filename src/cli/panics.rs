@@ -7,7 +7,12 @@ pub(crate) fn install() {
     panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
         let place = info.location().map(ToString::to_string).unwrap_or_default();
-        let message = info.payload_as_str().unwrap_or("a payload that is not text");
+        let message = payload(info.payload());
         tracing::error!(thread = thread.name().unwrap_or("?"), place, "panic: {message}");
     }));
+}
+
+fn payload(payload: &dyn std::any::Any) -> &str {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&'static str>().copied()).unwrap_or("a payload that is not text")
 }

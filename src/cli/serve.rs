@@ -135,8 +135,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     super::panics::install();
     ringleader::raise_limits();
     let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos)?;
-    let running =
-        builder(arguments)?.serve(async move |shard: Shard| app.on(shard)).start().wait()?;
+    let running = builder(arguments)?.serve(async move |shard: Shard| app.on(shard)).start().wait()?;
     announce(&running, arguments);
     let exit = running.join().wait()?;
     if exit.abandoned > 0 {
@@ -185,9 +184,12 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
 
 fn start_logging(filter: &str) -> Result<(), Failure> {
     let filter = EnvFilter::try_new(filter).map_err(|error| Failure::Usage(format!("--log {filter}: {error}")))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_target(false)
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr).init();
+        .with_writer(std::io::stderr)
+        .init();
     Ok(())
 }
 
@@ -218,4 +220,3 @@ fn announce(handle: &Handle, arguments: &Arguments) {
 fn seconds(seconds: f64) -> String {
     if seconds == 0.0 { "no limit".to_owned() } else { format!("{seconds} s") }
 }
-

@@ -76,7 +76,12 @@ impl Acceptor {
     }
 
     /// Accepts a batch from each ready listener and hands each connection to `adopt`.
-    pub(crate) fn accept(&mut self, now: Instant, cells: &Cells, mut adopt: impl FnMut(OwnedFd, SocketAddr, &Arc<str>)) {
+    pub(crate) fn accept(
+        &mut self,
+        now: Instant,
+        cells: &Cells,
+        mut adopt: impl FnMut(OwnedFd, SocketAddr, &Arc<str>),
+    ) {
         if self.rest_until.is_some_and(|until| until > now) {
             return;
         }

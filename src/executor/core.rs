@@ -15,6 +15,10 @@ use crate::net::driver::Driver;
 use crate::net::ring::RingOptions;
 use crate::net::wheel::{TimerKey, Wheel};
 use crate::settings::Settings;
+use crate::sys::memory;
+
+/// Hibernated connections from which on their memory, 8 KiB each, is worth a round through the allocator.
+const GIVE_BACK_MIN: u32 = 256;
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Core>>> = const { RefCell::new(None) };
@@ -48,6 +52,8 @@ pub(crate) struct Core {
     now: Cell<Instant>,
     turn: Cell<u64>,
     draining: Cell<Option<Instant>>,
+    /// Connections that gave their protocol's memory back since the allocator was last asked to pass it on.
+    hibernated: Cell<u32>,
     failure: OnceCell<Failure>,
 }
 
@@ -76,6 +82,7 @@ impl Core {
             now: Cell::new(now),
             turn: Cell::new(0),
             draining: Cell::new(None),
+            hibernated: Cell::new(0),
             failure: OnceCell::new(),
         });
         CURRENT.set(Some(Rc::clone(&core)));
@@ -96,7 +103,9 @@ impl Core {
     /// # Panics
     /// After the generation's end.
     pub(crate) fn driver(&self) -> RefMut<'_, Driver> {
-        RefMut::map(self.driver.borrow_mut(), |driver| driver.as_mut().expect("the generation of this socket has ended"))
+        RefMut::map(self.driver.borrow_mut(), |driver| {
+            driver.as_mut().expect("the generation of this socket has ended")
+        })
     }
 
     /// The driver, unless the generation has ended.
@@ -163,6 +172,18 @@ impl Core {
     pub(crate) fn drain(&self, deadline: Instant) {
         self.draining.set(Some(deadline));
         self.tasks.wake_all();
+    }
+
+    pub(crate) fn note_hibernation(&self) {
+        self.hibernated.set(self.hibernated.get() + 1);
+    }
+
+    /// To be called when there is nothing to do: passes freed memory on to the system when it is worth the time.
+    pub(crate) fn give_memory_back(&self) {
+        if self.hibernated.get() >= GIVE_BACK_MIN {
+            self.hibernated.set(0);
+            memory::give_back();
+        }
     }
 
     /// Ends the generation with this turn; the first failure counts.

@@ -44,7 +44,9 @@ pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// It drained: true when everything had finished by the deadline.
-    Drained { in_time: bool },
+    Drained {
+        in_time: bool,
+    },
     /// It was told to end at once.
     Stopped,
     Failed(Failure),
@@ -102,7 +104,11 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
         drop(generation);
     }));
     if let Err(payload) = dropped {
-        tracing::error!(slot = core.slot, panic = message(payload), "an executor's state panicked while it was dropped");
+        tracing::error!(
+            slot = core.slot,
+            panic = message(payload),
+            "an executor's state panicked while it was dropped"
+        );
     }
     core.tear_down();
     ended
@@ -225,7 +231,8 @@ impl Generation {
         }
         for listener in self.arrivals.unwatched.drain(..) {
             if let Some(acceptor) = &self.acceptor {
-                let watch = self.core.driver().watch_listener(watched(&acceptor.listeners()[listener as usize]), listener);
+                let watch =
+                    self.core.driver().watch_listener(watched(&acceptor.listeners()[listener as usize]), listener);
                 self.watches[listener as usize] = watch;
             }
         }
@@ -257,7 +264,8 @@ impl Generation {
         let (Some(acceptor), Some(connect)) = (&mut self.acceptor, connect) else { return };
         if acceptor.has_work(core.now(), core.cells.open.get()) {
             self.active = true;
-            acceptor.accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
+            acceptor
+                .accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
         }
     }
 
@@ -334,7 +342,8 @@ impl Generation {
         let glommio_works = files::outstanding() > 0;
         let due = if glommio_works { HAND_OVER_BUSY } else { HAND_OVER_GUARD };
         let open = core.cells.open.get();
-        let busy = core.tasks.ready() > 0 || self.acceptor.as_ref().is_some_and(|acceptor| acceptor.has_work(now, open));
+        let busy =
+            core.tasks.ready() > 0 || self.acceptor.as_ref().is_some_and(|acceptor| acceptor.has_work(now, open));
         if busy {
             return if now.duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn };
         }
@@ -350,7 +359,10 @@ impl Generation {
                 self.enter(false);
                 return Next::Turn;
             }
-            return Next::Park(self.next_deadline().map_or(PARK_MAX, |at| at.saturating_duration_since(now)).min(PARK_MAX));
+            core.give_memory_back();
+            return Next::Park(
+                self.next_deadline().map_or(PARK_MAX, |at| at.saturating_duration_since(now)).min(PARK_MAX),
+            );
         }
         if core.driver().has_queued_sends() {
             // Their completions would end the wait at once: hand them over first.
@@ -383,7 +395,12 @@ fn contained_or_not(core: &Core, on_panic: OnPanic, panic: String) {
     match on_panic {
         OnPanic::Contain => {
             core.cells.panics_contained.add(1);
-            tracing::error!(slot = core.slot, generation = core.generation, panic, "a task panicked; it alone has ended");
+            tracing::error!(
+                slot = core.slot,
+                generation = core.generation,
+                panic,
+                "a task panicked; it alone has ended"
+            );
         }
         OnPanic::Escape => core.fail(Failure::Panicked(panic)),
     }

@@ -38,7 +38,6 @@ pub(crate) enum Order {
 
 /// The inbox has [`JOBS_MAX`] jobs waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(test), expect(dead_code, reason = "posting jobs comes with the embedder's mailbox"))]
 pub(crate) struct Full;
 
 pub(crate) struct Inbox {

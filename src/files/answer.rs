@@ -5,10 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use bytes::Bytes;
-use http::header::{
-    CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LAST_MODIFIED, LOCATION,
-    RETRY_AFTER,
-};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LAST_MODIFIED, LOCATION, RETRY_AFTER};
 use http::{Response, StatusCode};
 
 use super::body::{FileBody, Part};
@@ -42,10 +39,7 @@ impl Refusal {
 
 impl From<StatusCode> for Refusal {
     fn from(status: StatusCode) -> Refusal {
-        Refusal {
-            status,
-            header: None,
-        }
+        Refusal { status, header: None }
     }
 }
 
@@ -57,8 +51,7 @@ impl From<PathError> for Refusal {
 
 impl From<Overloaded> for Refusal {
     fn from(_: Overloaded) -> Refusal {
-        Refusal::from(StatusCode::SERVICE_UNAVAILABLE)
-            .with(RETRY_AFTER, HeaderValue::from_static("1"))
+        Refusal::from(StatusCode::SERVICE_UNAVAILABLE).with(RETRY_AFTER, HeaderValue::from_static("1"))
     }
 }
 
@@ -69,13 +62,11 @@ impl From<io::Error> for Refusal {
     fn from(error: io::Error) -> Refusal {
         match error.raw_os_error() {
             // EINVAL: a name that this file system cannot hold.
-            Some(libc::ENOENT | libc::ENOTDIR | libc::ENAMETOOLONG | libc::EINVAL) => {
-                StatusCode::NOT_FOUND.into()
-            }
+            Some(libc::ENOENT | libc::ENOTDIR | libc::ENAMETOOLONG | libc::EINVAL) => StatusCode::NOT_FOUND.into(),
             // ENXIO, ENODEV: a socket, a FIFO or a device nobody answers for.
-            Some(
-                libc::EACCES | libc::EPERM | libc::ELOOP | libc::EXDEV | libc::ENXIO | libc::ENODEV,
-            ) => StatusCode::FORBIDDEN.into(),
+            Some(libc::EACCES | libc::EPERM | libc::ELOOP | libc::EXDEV | libc::ENXIO | libc::ENODEV) => {
+                StatusCode::FORBIDDEN.into()
+            }
             Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN) => {
                 tracing::warn!(%error, "opening a file failed for lack of resources; raise the limit on open files (ulimit -n, LimitNOFILE=) if that is it");
                 Overloaded.into()
@@ -92,32 +83,20 @@ pub(super) fn redirect(url: &str) -> Result<Response<FileBody>, Refusal> {
     // The path is encoded anew; the query comes from a parsed URI. That both make a header value is
     // checked all the same.
     let location = HeaderValue::from_str(url).map_err(|_| StatusCode::BAD_REQUEST)?;
-    Ok(Refusal::from(StatusCode::MOVED_PERMANENTLY)
-        .with(LOCATION, location)
-        .into_response())
+    Ok(Refusal::from(StatusCode::MOVED_PERMANENTLY).with(LOCATION, location).into_response())
 }
 
-pub(super) fn page_response(
-    status: StatusCode,
-    content_type: HeaderValue,
-    page: String,
-) -> Response<FileBody> {
+pub(super) fn page_response(status: StatusCode, content_type: HeaderValue, page: String) -> Response<FileBody> {
     let length = page.len();
     let mut response = Response::new(FileBody::full(Bytes::from(page)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
-        .headers_mut()
-        .insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
     response
 }
 
 /// A response that names the file's content: ETag and Last-Modified.
-pub(super) fn response(
-    status: StatusCode,
-    validators: &Validators,
-    body: FileBody,
-) -> Response<FileBody> {
+pub(super) fn response(status: StatusCode, validators: &Validators, body: FileBody) -> Response<FileBody> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
     let headers = response.headers_mut();
@@ -137,9 +116,7 @@ pub(super) fn with_content(
 ) -> Response<FileBody> {
     let mut response = response(status, validators, body);
     response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
-        .headers_mut()
-        .insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
     response
 }
 
@@ -160,16 +137,12 @@ pub(super) fn multipart_parts(
     content_type: &HeaderValue,
     length: u64,
 ) -> VecDeque<Part> {
-    let content_type = content_type
-        .to_str()
-        .expect("content types of ours are ASCII");
+    let content_type = content_type.to_str().expect("content types of ours are ASCII");
     let mut parts = VecDeque::with_capacity(ranges.len() * 2 + 1);
     let mut delimiter = format!("--{boundary}");
     for range in ranges {
         let content_range = range.content_range(length);
-        let head = format!(
-            "{delimiter}\r\nContent-Type: {content_type}\r\nContent-Range: {content_range}\r\n\r\n"
-        );
+        let head = format!("{delimiter}\r\nContent-Type: {content_type}\r\nContent-Range: {content_range}\r\n\r\n");
         parts.push_back(Part::Text(head.into()));
         parts.push_back(Part::File(*range));
         delimiter = format!("\r\n--{boundary}");

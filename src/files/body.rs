@@ -83,36 +83,19 @@ impl FileBody {
     }
 
     pub(super) fn full(bytes: Bytes) -> FileBody {
-        FileBody(if bytes.is_empty() {
-            Inner::Empty
-        } else {
-            Inner::Full(bytes)
-        })
+        FileBody(if bytes.is_empty() { Inner::Empty } else { Inner::Full(bytes) })
     }
 
     /// Streams `parts`. `first` is what has been read already from the start of the first part;
     /// `nowait` says whether the file's file system knows RWF_NOWAIT.
-    pub(super) fn stream(
-        file: File,
-        parts: VecDeque<Part>,
-        first: Option<Bytes>,
-        nowait: bool,
-    ) -> FileBody {
+    pub(super) fn stream(file: File, parts: VecDeque<Part>, first: Option<Bytes>, nowait: bool) -> FileBody {
         let remaining = parts.iter().map(Part::length).sum();
         let state = match first {
             Some(bytes) => State::Ready(file, bytes),
             None => State::Idle(file),
         };
-        let reader = Some(Reader {
-            state,
-            nowait,
-            chunk_bytes: CHUNK_BYTES,
-        });
-        FileBody(Inner::Stream(Box::new(Stream {
-            parts,
-            remaining,
-            reader,
-        })))
+        let reader = Some(Reader { state, nowait, chunk_bytes: CHUNK_BYTES });
+        FileBody(Inner::Stream(Box::new(Stream { parts, remaining, reader })))
     }
 }
 
@@ -120,10 +103,7 @@ impl Body for FileBody {
     type Data = Bytes;
     type Error = io::Error;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         if let Inner::Stream(stream) = &mut self.0 {
             return stream.poll_part(context).map_ok(Frame::data);
         }
@@ -154,10 +134,7 @@ impl FileBody {
 
 impl fmt::Debug for FileBody {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("FileBody")
-            .field("remaining_bytes", &self.remaining())
-            .finish_non_exhaustive()
+        formatter.debug_struct("FileBody").field("remaining_bytes", &self.remaining()).finish_non_exhaustive()
     }
 }
 
@@ -174,8 +151,9 @@ impl Stream {
     fn poll_part(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         let chunk = match (self.parts.front_mut(), &mut self.reader) {
             (Some(Part::Text(text)), _) => Ok(mem::take(text)),
-            (Some(Part::File(range)), Some(reader)) => ready!(reader.poll_chunk(context, *range))
-                .inspect(|chunk| range.start += chunk.len() as u64),
+            (Some(Part::File(range)), Some(reader)) => {
+                ready!(reader.poll_chunk(context, *range)).inspect(|chunk| range.start += chunk.len() as u64)
+            }
             (None, _) | (Some(Part::File(_)), None) => return Poll::Ready(None),
         };
         match &chunk {
@@ -214,11 +192,7 @@ enum State {
 
 impl Reader {
     /// The next bytes of `range`; at least one. Callers go through a range in order.
-    fn poll_chunk(
-        &mut self,
-        context: &mut Context<'_>,
-        range: ByteRange,
-    ) -> Poll<io::Result<Bytes>> {
+    fn poll_chunk(&mut self, context: &mut Context<'_>, range: ByteRange) -> Poll<io::Result<Bytes>> {
         loop {
             match mem::replace(&mut self.state, State::Taken) {
                 State::Idle(file) => self.state = self.begin(file, range),
@@ -232,10 +206,7 @@ impl Reader {
                         return Poll::Pending;
                     }
                     Poll::Ready(Ok((file, bytes))) if !bytes.is_empty() => {
-                        let rest = ByteRange {
-                            start: range.start + bytes.len() as u64,
-                            ..range
-                        };
+                        let rest = ByteRange { start: range.start + bytes.len() as u64, ..range };
                         self.read_ahead(context, file, rest);
                         return Poll::Ready(Ok(bytes));
                     }
@@ -244,9 +215,7 @@ impl Reader {
                 },
                 State::Failed(error) => return Poll::Ready(Err(error)),
                 State::Taken => {
-                    return Poll::Ready(Err(io::Error::other(
-                        "a file body was polled after its error",
-                    )));
+                    return Poll::Ready(Err(io::Error::other("a file body was polled after its error")));
                 }
             }
         }
@@ -254,8 +223,7 @@ impl Reader {
 
     /// Reads the start of `range` from memory, or starts to read it from the disk.
     fn begin(&mut self, file: File, range: ByteRange) -> State {
-        let length = usize::try_from(range.length())
-            .map_or(self.chunk_bytes, |length| length.min(self.chunk_bytes));
+        let length = usize::try_from(range.length()).map_or(self.chunk_bytes, |length| length.min(self.chunk_bytes));
         if self.nowait {
             match open::read_nowait(&file, range.start, length) {
                 Ok(Nowait::Bytes(bytes)) => return State::Ready(file, bytes),
@@ -316,22 +284,12 @@ struct Relay {
 
 impl DiskRead {
     fn new(file: File, position: u64, length: usize) -> DiskRead {
-        let relay = Relay {
-            woken: AtomicBool::new(true),
-            task: Mutex::new(Waker::noop().clone()),
-        };
-        DiskRead {
-            future: Box::pin(read_from_disk(file, position, length)),
-            relay: Arc::new(relay),
-        }
+        let relay = Relay { woken: AtomicBool::new(true), task: Mutex::new(Waker::noop().clone()) };
+        DiskRead { future: Box::pin(read_from_disk(file, position, length)), relay: Arc::new(relay) }
     }
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(File, Bytes)>> {
-        self.relay
-            .task
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone_from(context.waker());
+        self.relay.task.lock().unwrap_or_else(PoisonError::into_inner).clone_from(context.waker());
         if !self.relay.woken.swap(false, Ordering::Acquire) {
             return Poll::Pending;
         }
@@ -347,11 +305,7 @@ impl Wake for Relay {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.woken.store(true, Ordering::Release);
-        let task = self
-            .task
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).clone();
         task.wake();
     }
 }
@@ -361,10 +315,7 @@ impl Wake for Relay {
 async fn read_from_disk(file: File, position: u64, length: usize) -> io::Result<(File, Bytes)> {
     let _pending = Pending::enter();
     let lent = open::lend(file)?;
-    let bytes = lent
-        .read_at(position, length)
-        .await
-        .map(|read| Bytes::copy_from_slice(&read));
+    let bytes = lent.read_at(position, length).await.map(|read| Bytes::copy_from_slice(&read));
     let file = open::take_back(lent);
     Ok((file, bytes?))
 }

@@ -3,10 +3,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use http::header::{
-    HeaderMap, HeaderName, IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE,
-    IF_UNMODIFIED_SINCE,
-};
+use http::header::{HeaderMap, HeaderName, IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE};
 
 /// HTTP dates have four-digit years: the first second of the year 10000.
 const HTTP_DATE_END_SECONDS: u64 = 253_402_300_800;
@@ -27,17 +24,9 @@ pub(super) struct Validators {
 impl Validators {
     /// `mtime` and `mtime_nanoseconds` as stat(2) gives them. A date in the future is brought back
     /// to `now` (RFC 9110 8.8.2.1), in the header only: the tag holds what the file system says.
-    pub(super) fn new(
-        mtime: i64,
-        mtime_nanoseconds: i64,
-        length: u64,
-        inode: u64,
-        now: SystemTime,
-    ) -> Validators {
+    pub(super) fn new(mtime: i64, mtime_nanoseconds: i64, length: u64, inode: u64, now: SystemTime) -> Validators {
         let nanoseconds = i128::from(mtime) * 1_000_000_000 + i128::from(mtime_nanoseconds);
-        let modified = u64::try_from(mtime)
-            .ok()
-            .filter(|seconds| *seconds < HTTP_DATE_END_SECONDS);
+        let modified = u64::try_from(mtime).ok().filter(|seconds| *seconds < HTTP_DATE_END_SECONDS);
         let modified = modified.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
         Validators {
             etag: format!("\"{nanoseconds:x}-{length:x}-{inode:x}\""),
@@ -94,8 +83,7 @@ pub(super) fn range_applies(headers: &HeaderMap, file: &Validators, now: SystemT
     let Some(modified) = file.modified.filter(|modified| Some(*modified) == date) else {
         return false;
     };
-    now.duration_since(modified)
-        .is_ok_and(|age| age >= STRONG_DATE_AGE)
+    now.duration_since(modified).is_ok_and(|age| age >= STRONG_DATE_AGE)
 }
 
 /// An entity tag as a client sent it: `*`, `W/"x"` or `"x"`.
@@ -116,14 +104,7 @@ impl<'a> Tag<'a> {
         };
         let end = quoted.strip_prefix('"')?.find('"')? + 2;
         let (opaque, rest) = quoted.split_at(end);
-        Some((
-            if weak {
-                Tag::Weak(opaque)
-            } else {
-                Tag::Strong(opaque)
-            },
-            rest,
-        ))
+        Some((if weak { Tag::Weak(opaque) } else { Tag::Strong(opaque) }, rest))
     }
 
     fn strong_equals(self, etag: &str) -> bool {
@@ -145,26 +126,22 @@ impl<'a> Tag<'a> {
 /// Whether one of the listed tags satisfies `matches`. A list ends where it becomes unreadable:
 /// what cannot be read matches nothing.
 fn any_tag(headers: &HeaderMap, name: HeaderName, matches: impl Fn(Tag<'_>) -> bool) -> bool {
-    headers
-        .get_all(name)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .any(|list| {
-            if list.trim() == "*" {
-                return matches(Tag::Any);
+    headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).any(|list| {
+        if list.trim() == "*" {
+            return matches(Tag::Any);
+        }
+        let mut rest = list;
+        loop {
+            rest = rest.trim_start_matches([' ', '\t', ',']);
+            let Some((tag, after)) = Tag::split(rest) else {
+                return false;
+            };
+            if matches(tag) {
+                return true;
             }
-            let mut rest = list;
-            loop {
-                rest = rest.trim_start_matches([' ', '\t', ',']);
-                let Some((tag, after)) = Tag::split(rest) else {
-                    return false;
-                };
-                if matches(tag) {
-                    return true;
-                }
-                rest = after;
-            }
-        })
+            rest = after;
+        }
+    })
 }
 
 /// A date, when the header is there once and readable; it is to be ignored otherwise.
@@ -199,10 +176,7 @@ mod tests {
     }
 
     fn file() -> Validators {
-        Validators {
-            etag: "\"v,1\"".into(),
-            modified: Some(at(784_111_777)),
-        }
+        Validators { etag: "\"v,1\"".into(), modified: Some(at(784_111_777)) }
     }
 
     fn headers(list: &[(HeaderName, &str)]) -> HeaderMap {
@@ -238,20 +212,12 @@ mod tests {
             (IF_MODIFIED_SINCE, BEFORE, Proceed),
             (IF_MODIFIED_SINCE, SAME, NotModified),
             (IF_MODIFIED_SINCE, AFTER, NotModified),
-            (
-                IF_MODIFIED_SINCE,
-                "Sunday, 06-Nov-94 08:49:37 GMT",
-                NotModified,
-            ),
+            (IF_MODIFIED_SINCE, "Sunday, 06-Nov-94 08:49:37 GMT", NotModified),
             (IF_MODIFIED_SINCE, "Sun Nov  6 08:49:37 1994", NotModified),
             (IF_MODIFIED_SINCE, "784111777", Proceed),
         ];
         for (name, value, expected) in table {
-            assert_eq!(
-                evaluate(&headers(&[(name.clone(), value)]), &file()),
-                expected,
-                "{name}: {value}"
-            );
+            assert_eq!(evaluate(&headers(&[(name.clone(), value)]), &file()), expected, "{name}: {value}");
         }
         assert_eq!(evaluate(&HeaderMap::new(), &file()), Proceed);
     }
@@ -260,37 +226,16 @@ mod tests {
     fn the_order_of_rfc_9110_13_2_2() {
         let table: [(&[(HeaderName, &str)], Outcome); 8] = [
             // A tag that matches makes the date irrelevant, in both pairs.
-            (
-                &[(IF_MATCH, "\"v,1\""), (IF_UNMODIFIED_SINCE, BEFORE)],
-                Proceed,
-            ),
-            (
-                &[(IF_NONE_MATCH, "\"x\""), (IF_MODIFIED_SINCE, AFTER)],
-                Proceed,
-            ),
-            (
-                &[(IF_NONE_MATCH, "garbage"), (IF_MODIFIED_SINCE, AFTER)],
-                Proceed,
-            ),
+            (&[(IF_MATCH, "\"v,1\""), (IF_UNMODIFIED_SINCE, BEFORE)], Proceed),
+            (&[(IF_NONE_MATCH, "\"x\""), (IF_MODIFIED_SINCE, AFTER)], Proceed),
+            (&[(IF_NONE_MATCH, "garbage"), (IF_MODIFIED_SINCE, AFTER)], Proceed),
             // 412 goes before 304.
-            (
-                &[(IF_MATCH, "\"x\""), (IF_NONE_MATCH, "\"v,1\"")],
-                PreconditionFailed,
-            ),
-            (
-                &[(IF_UNMODIFIED_SINCE, BEFORE), (IF_MODIFIED_SINCE, AFTER)],
-                PreconditionFailed,
-            ),
+            (&[(IF_MATCH, "\"x\""), (IF_NONE_MATCH, "\"v,1\"")], PreconditionFailed),
+            (&[(IF_UNMODIFIED_SINCE, BEFORE), (IF_MODIFIED_SINCE, AFTER)], PreconditionFailed),
             (&[(IF_MATCH, "*"), (IF_NONE_MATCH, "\"v,1\"")], NotModified),
             // Several header lines are one list; a repeated date is none.
-            (
-                &[(IF_NONE_MATCH, "\"x\""), (IF_NONE_MATCH, "\"v,1\"")],
-                NotModified,
-            ),
-            (
-                &[(IF_MODIFIED_SINCE, AFTER), (IF_MODIFIED_SINCE, AFTER)],
-                Proceed,
-            ),
+            (&[(IF_NONE_MATCH, "\"x\""), (IF_NONE_MATCH, "\"v,1\"")], NotModified),
+            (&[(IF_MODIFIED_SINCE, AFTER), (IF_MODIFIED_SINCE, AFTER)], Proceed),
         ];
         for (list, expected) in table {
             assert_eq!(evaluate(&headers(list), &file()), expected, "{list:?}");
@@ -316,11 +261,7 @@ mod tests {
             (SAME, at(784_111_000), false),
         ];
         for (value, now, expected) in table {
-            assert_eq!(
-                range_applies(&headers(&[(IF_RANGE, value)]), &file(), now),
-                expected,
-                "{value}"
-            );
+            assert_eq!(range_applies(&headers(&[(IF_RANGE, value)]), &file(), now), expected, "{value}");
         }
         assert!(range_applies(&HeaderMap::new(), &file(), later));
         let twice = headers(&[(IF_RANGE, "\"v,1\""), (IF_RANGE, "\"v,1\"")]);
@@ -330,10 +271,7 @@ mod tests {
     #[test]
     fn validators_of_odd_times() {
         let now = at(2_000);
-        assert_eq!(
-            Validators::new(1, 255, 16, 10, now).etag,
-            "\"3b9acaff-10-a\""
-        );
+        assert_eq!(Validators::new(1, 255, 16, 10, now).etag, "\"3b9acaff-10-a\"");
         assert_eq!(Validators::new(1, 5, 0, 1, now).modified, Some(at(1)));
         assert_eq!(Validators::new(9_999, 0, 0, 1, now).modified, Some(now));
         assert_eq!(Validators::new(-1, 999_999_999, 0, 1, now).modified, None);

@@ -78,27 +78,17 @@ mod tests {
     use super::*;
 
     fn entry(name: &str, is_directory: bool) -> Entry {
-        Entry {
-            name: name.into(),
-            is_directory,
-        }
+        Entry { name: name.into(), is_directory }
     }
 
     #[test]
     fn names_are_escaped_in_text_and_in_links() {
-        let entries = [
-            entry("<script>alert('1')</script>", false),
-            entry("a&b\" onclick=x", true),
-            entry("javascript:x", false),
-        ];
+        let entries =
+            [entry("<script>alert('1')</script>", false), entry("a&b\" onclick=x", true), entry("javascript:x", false)];
         let page = render("/<b>/", false, &entries, &mut false);
-        assert!(
-            !page.contains("<script>") && !page.contains("<b>") && !page.contains("\" onclick")
-        );
+        assert!(!page.contains("<script>") && !page.contains("<b>") && !page.contains("\" onclick"));
         assert!(page.contains("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;"));
-        assert!(
-            page.contains("<a href=\"./a%26b%22%20onclick%3Dx/\">a&amp;b&quot; onclick=x/</a>")
-        );
+        assert!(page.contains("<a href=\"./a%26b%22%20onclick%3Dx/\">a&amp;b&quot; onclick=x/</a>"));
         assert!(page.contains("href=\"./javascript%3Ax\""));
         assert!(page.contains("href=\"../\"") && page.contains("<h1>/&lt;b&gt;/</h1>"));
         assert!(!page.contains("more entries"));

@@ -61,8 +61,7 @@ pub use offload::{Job, Offload, Overloaded};
 pub(crate) use pending::outstanding;
 
 use answer::{
-    BYTES, HTML, Refusal, content_type, multipart_parts, page_response, redirect, response, value,
-    with_content,
+    BYTES, HTML, Refusal, content_type, multipart_parts, page_response, redirect, response, value, with_content,
 };
 use body::{CHUNK_BYTES, Part};
 use conditional::{Outcome, Validators};
@@ -103,10 +102,7 @@ impl Files {
     /// container sandboxes).
     pub fn open(root: impl AsRef<Path>) -> Result<Files, FilesError> {
         let root = root.as_ref();
-        let (fd, cached_lookup) = open::root(root).map_err(|source| FilesError {
-            root: root.to_owned(),
-            source,
-        })?;
+        let (fd, cached_lookup) = open::root(root).map_err(|source| FilesError { root: root.to_owned(), source })?;
         Ok(Files {
             root: Arc::new(fd),
             index: "index.html".into(),
@@ -148,9 +144,7 @@ impl Files {
     /// path and let the directory have the prefix as well.
     pub async fn respond<B>(&self, request: &Request<B>) -> Response<FileBody> {
         let head = request.method() == Method::HEAD;
-        let answer = self
-            .answer(request.method(), request.uri(), request.headers())
-            .await;
+        let answer = self.answer(request.method(), request.uri(), request.headers()).await;
         let mut response = answer.unwrap_or_else(Refusal::into_response);
         if head {
             *response.body_mut() = FileBody::empty();
@@ -158,12 +152,7 @@ impl Files {
         response
     }
 
-    async fn answer(
-        &self,
-        method: &Method,
-        uri: &Uri,
-        headers: &HeaderMap,
-    ) -> Result<Response<FileBody>, Refusal> {
+    async fn answer(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Response<FileBody>, Refusal> {
         if method != Method::GET && method != Method::HEAD {
             let allowed = HeaderValue::from_static("GET, HEAD");
             return Err(Refusal::from(StatusCode::METHOD_NOT_ALLOWED).with(ALLOW, allowed));
@@ -208,28 +197,14 @@ impl Files {
             }
         }
         let (root, name) = (Arc::clone(&self.root), name.to_owned());
-        let opened = offload::offload(&*self.offload, move || {
-            open::open(&root, &name, Lookup::Full)
-        })
-        .await?;
+        let opened = offload::offload(&*self.offload, move || open::open(&root, &name, Lookup::Full)).await?;
         opened.map_err(Refusal::from)
     }
 
-    async fn list(
-        &self,
-        target: &Target,
-        directory: OwnedFd,
-    ) -> Result<Response<FileBody>, Refusal> {
+    async fn list(&self, target: &Target, directory: OwnedFd) -> Result<Response<FileBody>, Refusal> {
         let is_root = target.is_root();
-        let title = if is_root {
-            "/".to_owned()
-        } else {
-            format!("/{}/", target.relative())
-        };
-        let page = offload::offload(&*self.offload, move || {
-            listing::page(directory, &title, is_root)
-        })
-        .await??;
+        let title = if is_root { "/".to_owned() } else { format!("/{}/", target.relative()) };
+        let page = offload::offload(&*self.offload, move || listing::page(directory, &title, is_root)).await??;
         Ok(page_response(StatusCode::OK, HTML, page))
     }
 
@@ -242,21 +217,11 @@ impl Files {
         name: &str,
     ) -> Result<Response<FileBody>, Refusal> {
         let now = SystemTime::now();
-        let validators = Validators::new(
-            file.mtime,
-            file.mtime_nanoseconds,
-            file.length,
-            file.inode,
-            now,
-        );
+        let validators = Validators::new(file.mtime, file.mtime_nanoseconds, file.length, file.inode, now);
         match conditional::evaluate(headers, &validators) {
             Outcome::Proceed => {}
             Outcome::NotModified => {
-                return Ok(response(
-                    StatusCode::NOT_MODIFIED,
-                    &validators,
-                    FileBody::empty(),
-                ));
+                return Ok(response(StatusCode::NOT_MODIFIED, &validators, FileBody::empty()));
             }
             Outcome::PreconditionFailed => return Err(StatusCode::PRECONDITION_FAILED.into()),
         }
@@ -264,38 +229,24 @@ impl Files {
         let content_type = content_type(name);
         let length = file.length;
         let mut response = match selection {
-            Selection::Whole if method == Method::HEAD => with_content(
-                StatusCode::OK,
-                &validators,
-                length,
-                content_type,
-                FileBody::empty(),
-            ),
+            Selection::Whole if method == Method::HEAD => {
+                with_content(StatusCode::OK, &validators, length, content_type, FileBody::empty())
+            }
             Selection::Whole => {
-                let body = self.body(
-                    file.file,
-                    ByteRange {
-                        start: 0,
-                        end: length,
-                    },
-                )?;
+                let body = self.body(file.file, ByteRange { start: 0, end: length })?;
                 with_content(StatusCode::OK, &validators, length, content_type, body)
             }
             Selection::One(range) => {
                 let body = self.body(file.file, range)?;
                 let partial = StatusCode::PARTIAL_CONTENT;
-                let mut response =
-                    with_content(partial, &validators, range.length(), content_type, body);
-                response
-                    .headers_mut()
-                    .insert(CONTENT_RANGE, value(range.content_range(length)));
+                let mut response = with_content(partial, &validators, range.length(), content_type, body);
+                response.headers_mut().insert(CONTENT_RANGE, value(range.content_range(length)));
                 response
             }
             Selection::Many(ranges) => self.multipart(file, &ranges, &content_type, &validators),
             Selection::Unsatisfiable => {
                 let unsatisfied = value(format!("bytes */{length}"));
-                return Err(Refusal::from(StatusCode::RANGE_NOT_SATISFIABLE)
-                    .with(CONTENT_RANGE, unsatisfied));
+                return Err(Refusal::from(StatusCode::RANGE_NOT_SATISFIABLE).with(CONTENT_RANGE, unsatisfied));
             }
         };
         response.headers_mut().insert(ACCEPT_RANGES, BYTES);
@@ -316,13 +267,7 @@ impl Files {
         let length = parts.iter().map(Part::length).sum();
         let body = FileBody::stream(file.file, parts, None, self.nowait.load(Ordering::Relaxed));
         let content_type = value(format!("multipart/byteranges; boundary={boundary}"));
-        with_content(
-            StatusCode::PARTIAL_CONTENT,
-            validators,
-            length,
-            content_type,
-            body,
-        )
+        with_content(StatusCode::PARTIAL_CONTENT, validators, length, content_type, body)
     }
 
     /// A body of one range. When the page cache has all of it and it fits one chunk, it is read
@@ -335,8 +280,7 @@ impl Files {
         let nowait = self.nowait.load(Ordering::Relaxed);
         let mut first = None;
         if nowait {
-            let length = usize::try_from(range.length())
-                .map_or(CHUNK_BYTES, |length| length.min(CHUNK_BYTES));
+            let length = usize::try_from(range.length()).map_or(CHUNK_BYTES, |length| length.min(CHUNK_BYTES));
             match open::read_nowait(&file, range.start, length)? {
                 Nowait::Bytes(bytes) if bytes.len() as u64 == range.length() => {
                     return Ok(FileBody::full(bytes));
@@ -346,12 +290,7 @@ impl Files {
                 Nowait::Cold | Nowait::End => {}
             }
         }
-        Ok(FileBody::stream(
-            file,
-            VecDeque::from([Part::File(range)]),
-            first,
-            nowait,
-        ))
+        Ok(FileBody::stream(file, VecDeque::from([Part::File(range)]), first, nowait))
     }
 }
 
@@ -378,9 +317,7 @@ impl fmt::Display for FilesError {
             Some(libc::ENOSYS | libc::EPERM) => {
                 "serving files needs the openat2 system call: Linux 5.6 or newer, and a container sandbox (seccomp) that allows it"
             }
-            Some(libc::EMFILE | libc::ENFILE) => {
-                "raise the limit on open files (ulimit -n, LimitNOFILE=)"
-            }
+            Some(libc::EMFILE | libc::ENFILE) => "raise the limit on open files (ulimit -n, LimitNOFILE=)",
             _ => "check the directory and the file system it is on",
         };
         write!(
@@ -406,18 +343,10 @@ enum Found<'a> {
 }
 
 /// Range is defined for GET only (RFC 9110 14.2), and a repeated Range header is malformed.
-fn selection(
-    method: &Method,
-    headers: &HeaderMap,
-    validators: &Validators,
-    length: u64,
-    now: SystemTime,
-) -> Selection {
+fn selection(method: &Method, headers: &HeaderMap, validators: &Validators, length: u64, now: SystemTime) -> Selection {
     let mut ranges = headers.get_all(RANGE).iter();
     match (ranges.next(), ranges.next()) {
-        (Some(range), None)
-            if method == Method::GET && conditional::range_applies(headers, validators, now) =>
-        {
+        (Some(range), None) if method == Method::GET && conditional::range_applies(headers, validators, now) => {
             range::select(range, length)
         }
         _ => Selection::Whole,

@@ -35,9 +35,7 @@ pub struct Overloaded;
 
 impl fmt::Display for Overloaded {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(
-            "no room for another blocking file operation; try again when some have finished",
-        )
+        formatter.write_str("no room for another blocking file operation; try again when some have finished")
     }
 }
 
@@ -50,9 +48,7 @@ pub(super) async fn offload<T: Send + 'static>(
     to: &dyn Offload,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Overloaded> {
-    let completion = Arc::new(Completion {
-        state: Mutex::new(State::Waiting(None)),
-    });
+    let completion = Arc::new(Completion { state: Mutex::new(State::Waiting(None)) });
     let finisher = Finisher(Arc::clone(&completion));
     to.run(Box::new(move || {
         if finisher.is_awaited() {
@@ -149,9 +145,7 @@ impl Helper {
         let (jobs, queue) = sync_channel(HELPER_QUEUE_JOBS_MAX);
         let stopping = Arc::clone(&self.stopping);
         // Linux cuts thread names at 15 bytes.
-        let handle = Builder::new()
-            .name("ringleader-file".into())
-            .spawn(move || work_off(&queue, &stopping))?;
+        let handle = Builder::new().name("ringleader-file".into()).spawn(move || work_off(&queue, &stopping))?;
         Ok(Running { jobs, handle })
     }
 }
@@ -180,9 +174,7 @@ impl Drop for Helper {
         self.stopping.store(true, Ordering::Relaxed);
         drop(jobs);
         if handle.join().is_err() {
-            tracing::error!(
-                "the file helper thread ended by a panic, though each of its jobs is caught"
-            );
+            tracing::error!("the file helper thread ended by a panic, though each of its jobs is caught");
         }
     }
 }
@@ -248,13 +240,9 @@ mod tests {
         };
         helper.run(Box::new(block)).expect("room");
         started.recv().expect("the helper runs");
-        let waiting = Arc::new(Completion {
-            state: Mutex::new(State::<u8>::Waiting(None)),
-        });
+        let waiting = Arc::new(Completion { state: Mutex::new(State::<u8>::Waiting(None)) });
         let finisher = Finisher(Arc::clone(&waiting));
-        helper
-            .run(Box::new(move || finisher.0.finish(State::Done(1))))
-            .expect("room");
+        helper.run(Box::new(move || finisher.0.finish(State::Done(1)))).expect("room");
         for _ in 1..HELPER_QUEUE_JOBS_MAX {
             helper.run(Box::new(|| ())).expect("room");
         }
@@ -279,19 +267,9 @@ mod tests {
         let mark = Arc::clone(&ran);
         {
             let mut future = pin!(offload(&later, move || mark.store(true, Ordering::Relaxed)));
-            assert!(
-                future
-                    .as_mut()
-                    .poll(&mut Context::from_waker(Waker::noop()))
-                    .is_pending()
-            );
+            assert!(future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         }
-        later
-            .0
-            .lock()
-            .expect("no panic")
-            .drain(..)
-            .for_each(|job| job());
+        later.0.lock().expect("no panic").drain(..).for_each(|job| job());
         assert!(!ran.load(Ordering::Relaxed));
     }
 }

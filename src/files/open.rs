@@ -55,9 +55,7 @@ pub(super) enum Lookup {
 /// or forbidden.
 pub(super) fn root(path: &Path) -> io::Result<(OwnedFd, bool)> {
     let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC);
+    options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC);
     let root = OwnedFd::from(options.open(path)?);
     openat2(&root, c".", Lookup::Full)?;
     let cached = match openat2(&root, c".", Lookup::Cached) {
@@ -114,13 +112,7 @@ fn openat2(root: &OwnedFd, path: &CStr, lookup: Lookup) -> io::Result<OwnedFd> {
     // SAFETY: `root` is open, `path` ends in NUL, and `how` is read, with its true size, during the
     // call only.
     let answer = unsafe {
-        libc::syscall(
-            libc::SYS_openat2,
-            root.as_raw_fd(),
-            path.as_ptr(),
-            &raw const how,
-            size_of::<libc::open_how>(),
-        )
+        libc::syscall(libc::SYS_openat2, root.as_raw_fd(), path.as_ptr(), &raw const how, size_of::<libc::open_how>())
     };
     if answer < 0 {
         return Err(io::Error::last_os_error());
@@ -150,22 +142,11 @@ pub(super) enum Nowait {
 /// As preadv2(2).
 pub(super) fn read_nowait(file: &File, position: u64, length: usize) -> io::Result<Nowait> {
     let mut buffer: Vec<u8> = Vec::with_capacity(length);
-    let vector = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: length,
-    };
+    let vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: length };
     let offset = offset(position)?;
     // SAFETY: the vector names `length` writable bytes that `buffer` has reserved, and the kernel
     // is done with them when the call returns; `file` is open.
-    let answer = unsafe {
-        libc::preadv2(
-            file.as_raw_fd(),
-            &raw const vector,
-            1,
-            offset,
-            libc::RWF_NOWAIT,
-        )
-    };
+    let answer = unsafe { libc::preadv2(file.as_raw_fd(), &raw const vector, 1, offset, libc::RWF_NOWAIT) };
     let Ok(count) = usize::try_from(answer) else {
         let error = io::Error::last_os_error();
         return match error.raw_os_error() {
@@ -174,18 +155,11 @@ pub(super) fn read_nowait(file: &File, position: u64, length: usize) -> io::Resu
             _ => Err(error),
         };
     };
-    assert!(
-        count <= length,
-        "preadv2 returned {count} bytes for a buffer of {length}"
-    );
+    assert!(count <= length, "preadv2 returned {count} bytes for a buffer of {length}");
     // SAFETY: the kernel has written the first `count` bytes, and `count` is within the capacity,
     // see above.
     unsafe { buffer.set_len(count) };
-    Ok(if count == 0 {
-        Nowait::End
-    } else {
-        Nowait::Bytes(buffer.into())
-    })
+    Ok(if count == 0 { Nowait::End } else { Nowait::Bytes(buffer.into()) })
 }
 
 /// File positions are signed in the kernel.
@@ -275,27 +249,17 @@ impl DirectoryStream {
         // SAFETY: the stream is open, and `&mut self` excludes another reader of it.
         let Some(entry) = NonNull::new(unsafe { libc::readdir64(self.0.as_ptr()) }) else {
             let error = io::Error::last_os_error();
-            return if error.raw_os_error() == Some(0) {
-                Ok(None)
-            } else {
-                Err(error)
-            };
+            return if error.raw_os_error() == Some(0) { Ok(None) } else { Err(error) };
         };
         // SAFETY: the entry is valid until the next readdir or closedir, both of which need `&mut
         // self`. Its fields are reached by raw pointer and not through a reference, as the record
         // may be shorter than the struct; the name ends in NUL.
         let (name, kind) = unsafe {
             let entry = entry.as_ptr();
-            (
-                CStr::from_ptr((&raw const (*entry).d_name).cast()),
-                (*entry).d_type,
-            )
+            (CStr::from_ptr((&raw const (*entry).d_name).cast()), (*entry).d_type)
         };
         let shown = name.to_str().ok().filter(|name| !name.starts_with('.'));
-        Ok(Some(shown.map(|name| Entry {
-            name: name.to_owned(),
-            is_directory: kind == libc::DT_DIR,
-        })))
+        Ok(Some(shown.map(|name| Entry { name: name.to_owned(), is_directory: kind == libc::DT_DIR })))
     }
 }
 

@@ -55,10 +55,7 @@ impl Target {
                 }
             }
         }
-        Ok(Target {
-            relative,
-            directory_form,
-        })
+        Ok(Target { relative, directory_form })
     }
 
     pub(super) fn is_root(&self) -> bool {
@@ -88,11 +85,7 @@ impl Target {
 
     /// The name of `file` inside the directory that this target names.
     pub(super) fn join(&self, file: &str) -> String {
-        if self.is_root() {
-            file.to_owned()
-        } else {
-            format!("{}/{file}", self.relative)
-        }
+        if self.is_root() { file.to_owned() } else { format!("{}/{file}", self.relative) }
     }
 
     /// The URL of this target as a directory, rebuilt from the decoded segments and not copied from
@@ -139,9 +132,7 @@ fn decode(path: &str) -> Result<String, PathError> {
                 let high = bytes.get(at + 1).and_then(|byte| hexadecimal(*byte));
                 let low = bytes.get(at + 2).and_then(|byte| hexadecimal(*byte));
                 at += 3;
-                high.zip(low)
-                    .map(|(high, low)| high << 4 | low)
-                    .ok_or(PathError::Escape)?
+                high.zip(low).map(|(high, low)| high << 4 | low).ok_or(PathError::Escape)?
             }
             byte => {
                 at += 1;
@@ -157,9 +148,7 @@ fn decode(path: &str) -> Result<String, PathError> {
 }
 
 fn hexadecimal(digit: u8) -> Option<u8> {
-    char::from(digit)
-        .to_digit(16)
-        .and_then(|value| u8::try_from(value).ok())
+    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
 }
 
 #[cfg(test)]
@@ -197,22 +186,10 @@ mod tests {
             ("/%0d%0aSet-Cookie:x", "\r\nSet-Cookie:x", false),
         ];
         for (path, expected, directory) in table {
-            assert_eq!(
-                relative(path),
-                Ok((expected.to_owned(), directory)),
-                "{path}"
-            );
+            assert_eq!(relative(path), Ok((expected.to_owned(), directory)), "{path}");
         }
-        let name = |path| {
-            Target::parse(path)
-                .expect("a valid path")
-                .name()
-                .into_owned()
-        };
-        assert_eq!(
-            [name("/"), name("/a/b"), name("/a/b/")],
-            [".", "a/b", "a/b/"]
-        );
+        let name = |path| Target::parse(path).expect("a valid path").name().into_owned();
+        assert_eq!([name("/"), name("/a/b"), name("/a/b/")], [".", "a/b", "a/b/"]);
     }
 
     #[test]
@@ -261,10 +238,7 @@ mod tests {
                 rest /= alphabet.len();
             }
             if let Ok(target) = Target::parse(&path) {
-                let bad = target
-                    .relative
-                    .split('/')
-                    .any(|segment| matches!(segment, "" | "." | ".."));
+                let bad = target.relative.split('/').any(|segment| matches!(segment, "" | "." | ".."));
                 assert!(target.is_root() || !bad, "{path} -> {target:?}");
             }
         }
@@ -288,15 +262,7 @@ mod tests {
 
     #[test]
     fn encoding_and_decoding_are_inverse() {
-        for name in [
-            "a b",
-            "100%",
-            "x&y<z>\"'",
-            "semi;colon:",
-            "日本",
-            "~.-_",
-            "?#",
-        ] {
+        for name in ["a b", "100%", "x&y<z>\"'", "semi;colon:", "日本", "~.-_", "?#"] {
             let mut url = String::from("/");
             encode_segment(&mut url, name);
             assert_eq!(Target::parse(&url).expect("own encoding").relative(), name);

@@ -26,19 +26,14 @@ pub(crate) struct Pending {
 impl Pending {
     pub(crate) fn enter() -> Pending {
         OUTSTANDING.set(OUTSTANDING.get() + 1);
-        Pending {
-            on_this_thread: PhantomData,
-        }
+        Pending { on_this_thread: PhantomData }
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
         let before = OUTSTANDING.get();
-        debug_assert!(
-            before > 0,
-            "a Pending is dropped once, on the thread that made it"
-        );
+        debug_assert!(before > 0, "a Pending is dropped once, on the thread that made it");
         OUTSTANDING.set(before.saturating_sub(1));
     }
 }

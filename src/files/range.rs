@@ -54,10 +54,7 @@ pub(super) fn select(header: &HeaderValue, length: u64) -> Selection {
     if length == 0 || specs.len() > RANGES_MAX {
         return Selection::Whole;
     }
-    let ranges: Vec<ByteRange> = specs
-        .iter()
-        .filter_map(|spec| spec.within(length))
-        .collect();
+    let ranges: Vec<ByteRange> = specs.iter().filter_map(|spec| spec.within(length)).collect();
     match ranges.as_slice() {
         [] => Selection::Unsatisfiable,
         [range] => Selection::One(*range),
@@ -81,11 +78,7 @@ impl Spec {
             return number(last).map(Spec::Suffix);
         }
         let first = number(first)?;
-        let last = if last.is_empty() {
-            u64::MAX
-        } else {
-            number(last)?
-        };
+        let last = if last.is_empty() { u64::MAX } else { number(last)? };
         (first <= last).then_some(Spec::From { first, last })
     }
 
@@ -107,14 +100,8 @@ fn parse(value: &str) -> Option<Vec<Spec>> {
         return None;
     }
     // Empty list members are to be accepted (RFC 9110 5.6.1.2), an empty list is not.
-    let members = set
-        .split(',')
-        .map(|member| member.trim_matches([' ', '\t']))
-        .filter(|member| !member.is_empty());
-    let specs: Vec<Spec> = members
-        .take(RANGES_MAX + 1)
-        .map(Spec::parse)
-        .collect::<Option<_>>()?;
+    let members = set.split(',').map(|member| member.trim_matches([' ', '\t'])).filter(|member| !member.is_empty());
+    let specs: Vec<Spec> = members.take(RANGES_MAX + 1).map(Spec::parse).collect::<Option<_>>()?;
     (!specs.is_empty()).then_some(specs)
 }
 
@@ -136,10 +123,7 @@ mod tests {
     use super::*;
 
     fn selected(header: &str, length: u64) -> Selection {
-        select(
-            &HeaderValue::from_str(header).expect("a header value"),
-            length,
-        )
+        select(&HeaderValue::from_str(header).expect("a header value"), length)
     }
 
     fn one(start: u64, end: u64) -> Selection {
@@ -149,12 +133,7 @@ mod tests {
     #[test]
     fn rfc_9110_examples_of_a_10000_byte_file() {
         let many = |ranges: &[(u64, u64)]| {
-            Selection::Many(
-                ranges
-                    .iter()
-                    .map(|&(start, end)| ByteRange { start, end })
-                    .collect(),
-            )
+            Selection::Many(ranges.iter().map(|&(start, end)| ByteRange { start, end }).collect())
         };
         let table = [
             ("bytes=0-499", one(0, 500)),
@@ -162,10 +141,7 @@ mod tests {
             ("bytes=-500", one(9500, 10_000)),
             ("bytes=9500-", one(9500, 10_000)),
             ("bytes=0-0,-1", many(&[(0, 1), (9999, 10_000)])),
-            (
-                "bytes= 0-999, 4500-5499, -1000",
-                many(&[(0, 1000), (4500, 5500), (9000, 10_000)]),
-            ),
+            ("bytes= 0-999, 4500-5499, -1000", many(&[(0, 1000), (4500, 5500), (9000, 10_000)])),
             ("bytes=500-600,601-999", many(&[(500, 601), (601, 1000)])),
             ("bytes=500-700,601-999", Selection::Whole),
             ("bytes=9-9,0-0", many(&[(9, 10), (0, 1)])),
@@ -185,11 +161,7 @@ mod tests {
             ("bytes=9-99", 10, one(9, 10)),
             ("bytes=0-18446744073709551615", 10, one(0, 10)),
             ("bytes=0-99999999999999999999999", 10, one(0, 10)),
-            (
-                "bytes=99999999999999999999999-",
-                10,
-                Selection::Unsatisfiable,
-            ),
+            ("bytes=99999999999999999999999-", 10, Selection::Unsatisfiable),
             ("bytes=-10", 10, one(0, 10)),
             ("bytes=-11", 10, one(0, 10)),
             ("bytes=-0", 10, Selection::Unsatisfiable),
@@ -236,9 +208,7 @@ mod tests {
     #[test]
     fn the_number_of_ranges_is_bounded() {
         let header = |count: usize| {
-            let members: Vec<String> = (0..count)
-                .map(|at| format!("{}-{}", at * 10, at * 10 + 1))
-                .collect();
+            let members: Vec<String> = (0..count).map(|at| format!("{}-{}", at * 10, at * 10 + 1)).collect();
             format!("bytes={}", members.join(","))
         };
         assert!(
@@ -252,9 +222,6 @@ mod tests {
 
     #[test]
     fn content_range_is_inclusive() {
-        assert_eq!(
-            ByteRange { start: 0, end: 500 }.content_range(1234),
-            "bytes 0-499/1234"
-        );
+        assert_eq!(ByteRange { start: 0, end: 500 }.content_range(1234), "bytes 0-499/1234");
     }
 }

@@ -13,9 +13,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use glommio::{LocalExecutorBuilder, Placement};
-use http::header::{
-    CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, LAST_MODIFIED, LOCATION, RETRY_AFTER,
-};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, LAST_MODIFIED, LOCATION, RETRY_AFTER};
 use http_body::Body;
 
 use super::*;
@@ -30,11 +28,7 @@ impl Directory {
 
     fn below(parent: &Path) -> Directory {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!(
-            "ringleader-files-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = format!("ringleader-files-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = parent.join(name);
         fs::create_dir(&path).expect("a fresh directory");
         Directory(path)
@@ -90,10 +84,7 @@ async fn collect(mut body: FileBody) -> io::Result<Vec<u8>> {
     let promised = body.size_hint().exact().expect("an exact size");
     while let Some(chunk) = next_chunk(&mut body).await {
         content.extend_from_slice(&chunk?);
-        assert_eq!(
-            body.size_hint().exact(),
-            Some(promised - content.len() as u64)
-        );
+        assert_eq!(body.size_hint().exact(), Some(promised - content.len() as u64));
     }
     assert!(body.is_end_stream());
     assert_eq!(content.len() as u64, promised);
@@ -105,10 +96,7 @@ async fn text(response: Response<FileBody>) -> String {
 }
 
 fn header<'a>(response: &'a Response<FileBody>, name: &HeaderName) -> &'a str {
-    response
-        .headers()
-        .get(name)
-        .map_or("", |value| value.to_str().expect("ASCII"))
+    response.headers().get(name).map_or("", |value| value.to_str().expect("ASCII"))
 }
 
 /// Content that differs in every chunk (a 64-bit generator of Knuth's).
@@ -116,9 +104,7 @@ fn noise(length: usize) -> Vec<u8> {
     let mut state = 1_u64;
     let mut content = Vec::with_capacity(length);
     while content.len() < length {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         content.extend_from_slice(&state.to_le_bytes());
     }
     content.truncate(length);
@@ -130,14 +116,8 @@ fn make_cold(path: &Path) {
     let file = File::open(path).expect("the file");
     file.sync_all().expect("dirty pages stay");
     // SAFETY: an advice about an open file; no memory of ours is involved.
-    let answer = unsafe {
-        libc::posix_fadvise(
-            std::os::fd::AsRawFd::as_raw_fd(&file),
-            0,
-            0,
-            libc::POSIX_FADV_DONTNEED,
-        )
-    };
+    let answer =
+        unsafe { libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, libc::POSIX_FADV_DONTNEED) };
     assert_eq!(answer, 0);
 }
 
@@ -152,10 +132,8 @@ fn each_way(directory: &Directory) -> [Files; 3] {
 
 fn descriptors_into(root: &Path) -> usize {
     let open = fs::read_dir("/proc/self/fd").expect("procfs").flatten();
-    open.filter(|entry| {
-        fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(root) && target != root)
-    })
-    .count()
+    open.filter(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(root) && target != root))
+        .count()
 }
 
 #[test]
@@ -179,10 +157,7 @@ fn a_whole_file() {
             assert_eq!(header(&css, &CONTENT_TYPE), "text/css; charset=utf-8");
             assert_eq!(text(css).await, "x{}");
             let empty = get(&files, "/empty.bin", &[(RANGE, "bytes=0-")]).await;
-            assert_eq!(
-                (empty.status().as_u16(), header(&empty, &CONTENT_LENGTH)),
-                (200, "0")
-            );
+            assert_eq!((empty.status().as_u16(), header(&empty, &CONTENT_LENGTH)), (200, "0"));
             assert_eq!(text(empty).await, "");
             assert_eq!(text(get(&files, "/.hidden", &[]).await).await, "seen");
             assert_eq!(pending::outstanding(), 0);
@@ -197,60 +172,25 @@ fn head_and_not_modified_carry_no_body_and_other_methods_are_refused() {
     let files = directory.files();
     on_executor(async {
         let whole = get(&files, "/f.txt", &[]).await;
-        let (etag, modified) = (
-            header(&whole, &ETAG).to_owned(),
-            header(&whole, &LAST_MODIFIED).to_owned(),
-        );
-        let head = files
-            .respond(&request(Method::HEAD, "/f.txt", &[(RANGE, "bytes=0-1")]))
-            .await;
-        assert_eq!(
-            (head.status().as_u16(), header(&head, &CONTENT_LENGTH)),
-            (200, "5")
-        );
+        let (etag, modified) = (header(&whole, &ETAG).to_owned(), header(&whole, &LAST_MODIFIED).to_owned());
+        let head = files.respond(&request(Method::HEAD, "/f.txt", &[(RANGE, "bytes=0-1")])).await;
+        assert_eq!((head.status().as_u16(), header(&head, &CONTENT_LENGTH)), (200, "5"));
         assert_eq!(head.headers(), whole.headers());
         assert!(head.body().is_end_stream());
-        for (name, value) in [
-            (http::header::IF_NONE_MATCH, &etag),
-            (http::header::IF_MODIFIED_SINCE, &modified),
-        ] {
+        for (name, value) in [(http::header::IF_NONE_MATCH, &etag), (http::header::IF_MODIFIED_SINCE, &modified)] {
             let unchanged = get(&files, "/f.txt", &[(name, value)]).await;
-            assert_eq!(
-                (
-                    unchanged.status().as_u16(),
-                    header(&unchanged, &CONTENT_LENGTH)
-                ),
-                (304, "")
-            );
-            assert_eq!(
-                (
-                    header(&unchanged, &ETAG),
-                    header(&unchanged, &LAST_MODIFIED)
-                ),
-                (&*etag, &*modified)
-            );
+            assert_eq!((unchanged.status().as_u16(), header(&unchanged, &CONTENT_LENGTH)), (304, ""));
+            assert_eq!((header(&unchanged, &ETAG), header(&unchanged, &LAST_MODIFIED)), (&*etag, &*modified));
             assert!(unchanged.body().is_end_stream());
         }
         let failed = get(&files, "/f.txt", &[(http::header::IF_MATCH, "\"other\"")]).await;
         assert_eq!(failed.status(), 412);
         let missing = files.respond(&request(Method::HEAD, "/missing", &[])).await;
-        assert_eq!(
-            (missing.status().as_u16(), header(&missing, &CONTENT_LENGTH)),
-            (404, "14")
-        );
+        assert_eq!((missing.status().as_u16(), header(&missing, &CONTENT_LENGTH)), (404, "14"));
         assert!(missing.body().is_end_stream());
-        for method in [
-            Method::POST,
-            Method::PUT,
-            Method::DELETE,
-            Method::OPTIONS,
-            Method::TRACE,
-        ] {
+        for method in [Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS, Method::TRACE] {
             let refused = files.respond(&request(method, "/f.txt", &[])).await;
-            assert_eq!(
-                (refused.status().as_u16(), header(&refused, &ALLOW)),
-                (405, "GET, HEAD")
-            );
+            assert_eq!((refused.status().as_u16(), header(&refused, &ALLOW)), (405, "GET, HEAD"));
         }
     });
 }
@@ -269,14 +209,8 @@ fn the_tag_changes_with_the_content() {
             .expect("utimensat");
         let response = get(&files, "/f", &[]).await;
         assert_ne!(before, header(&response, &ETAG));
-        assert!(
-            header(&response, &ETAG).starts_with("\"3b9aca05-3-"),
-            "nanoseconds count"
-        );
-        assert_eq!(
-            header(&response, &LAST_MODIFIED),
-            "Thu, 01 Jan 1970 00:00:01 GMT"
-        );
+        assert!(header(&response, &ETAG).starts_with("\"3b9aca05-3-"), "nanoseconds count");
+        assert_eq!(header(&response, &LAST_MODIFIED), "Thu, 01 Jan 1970 00:00:01 GMT");
     });
 }
 
@@ -300,20 +234,11 @@ fn ranges() {
                     header(&response, &CONTENT_RANGE),
                     format!("bytes {}-{}/300000", expected.start, expected.end - 1)
                 );
-                assert_eq!(
-                    header(&response, &CONTENT_LENGTH),
-                    expected.len().to_string()
-                );
-                assert_eq!(
-                    collect(response.into_body()).await.expect("readable"),
-                    &content[expected]
-                );
+                assert_eq!(header(&response, &CONTENT_LENGTH), expected.len().to_string());
+                assert_eq!(collect(response.into_body()).await.expect("readable"), &content[expected]);
             }
             let beyond = get(&files, "/f.bin", &[(RANGE, "bytes=300000-")]).await;
-            assert_eq!(
-                (beyond.status().as_u16(), header(&beyond, &CONTENT_RANGE)),
-                (416, "bytes */300000")
-            );
+            assert_eq!((beyond.status().as_u16(), header(&beyond, &CONTENT_RANGE)), (416, "bytes */300000"));
             let whole: [&[(HeaderName, &str)]; 4] = [
                 &[(RANGE, "bytes=x")],
                 &[(RANGE, "bytes=0-1"), (http::header::IF_RANGE, "\"other\"")],
@@ -323,10 +248,7 @@ fn ranges() {
             for headers in whole {
                 let response = get(&files, "/f.bin", headers).await;
                 assert_eq!(
-                    (
-                        response.status().as_u16(),
-                        header(&response, &CONTENT_LENGTH)
-                    ),
+                    (response.status().as_u16(), header(&response, &CONTENT_LENGTH)),
                     (200, "300000"),
                     "{headers:?}"
                 );
@@ -346,9 +268,7 @@ fn several_ranges_are_multipart() {
             let response = get(&files, "/f.bin", &[(RANGE, "bytes=199999-,10-99999")]).await;
             assert_eq!(response.status(), 206);
             let kind = header(&response, &CONTENT_TYPE).to_owned();
-            let boundary = kind
-                .strip_prefix("multipart/byteranges; boundary=")
-                .expect("a boundary");
+            let boundary = kind.strip_prefix("multipart/byteranges; boundary=").expect("a boundary");
             let part = |range: &str| {
                 format!(
                     "--{boundary}\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes {range}/200000\r\n\r\n"
@@ -359,10 +279,7 @@ fn several_ranges_are_multipart() {
             expected.extend_from_slice(format!("\r\n{}", part("10-99999")).as_bytes());
             expected.extend_from_slice(&content[10..100_000]);
             expected.extend_from_slice(format!("\r\n--{boundary}--\r\n").as_bytes());
-            assert_eq!(
-                header(&response, &CONTENT_LENGTH),
-                expected.len().to_string()
-            );
+            assert_eq!(header(&response, &CONTENT_LENGTH), expected.len().to_string());
             assert_eq!(response.headers().get(CONTENT_RANGE), None);
             assert!(collect(response.into_body()).await.expect("readable") == expected);
         });
@@ -424,14 +341,7 @@ fn symlinks_inside_are_followed_and_ways_out_refused() {
             assert_eq!(text(get(&files, "/inside", &[]).await).await, "inside");
             assert_eq!(text(get(&files, "/a/up", &[]).await).await, "inside");
             assert_eq!(text(get(&files, "/adir/real", &[]).await).await, "inside");
-            for path in [
-                "/out",
-                "/outdir/secret",
-                "/outdir/",
-                "/absolute",
-                "/magic",
-                "/loop",
-            ] {
+            for path in ["/out", "/outdir/secret", "/outdir/", "/absolute", "/magic", "/loop"] {
                 assert_eq!(status(&files, path).await, 403, "{path}");
             }
             assert_eq!(status(&files, "/dangling").await, 404);
@@ -443,13 +353,7 @@ fn symlinks_inside_are_followed_and_ways_out_refused() {
 fn only_regular_files_are_served_and_a_fifo_does_not_hang() {
     let directory = Directory::new();
     let fifo = directory.0.join("fifo");
-    assert!(
-        Command::new("mkfifo")
-            .arg(&fifo)
-            .status()
-            .expect("mkfifo")
-            .success()
-    );
+    assert!(Command::new("mkfifo").arg(&fifo).status().expect("mkfifo").success());
     let _socket = UnixListener::bind(directory.0.join("socket")).expect("a socket");
     directory.file("d/index.html/x", "an index that is a directory");
     for files in each_way(&directory) {
@@ -471,14 +375,8 @@ fn directories_redirect_then_serve_their_index() {
     for files in each_way(&directory) {
         on_executor(async {
             let redirect = get(&files, "/with?a=1&b", &[]).await;
-            assert_eq!(
-                (redirect.status().as_u16(), header(&redirect, &LOCATION)),
-                (301, "/with/?a=1&b")
-            );
-            assert_eq!(
-                header(&get(&files, "//with", &[]).await, &LOCATION),
-                "/with/"
-            );
+            assert_eq!((redirect.status().as_u16(), header(&redirect, &LOCATION)), (301, "/with/?a=1&b"));
+            assert_eq!(header(&get(&files, "//with", &[]).await, &LOCATION), "/with/");
             let index = get(&files, "/with/", &[]).await;
             assert_eq!(header(&index, &CONTENT_TYPE), "text/html; charset=utf-8");
             assert_eq!(text(index).await, "the index");
@@ -486,10 +384,7 @@ fn directories_redirect_then_serve_their_index() {
             assert_eq!(status(&files, "/without/").await, 403);
             assert_eq!(status(&files, "/").await, 403);
             assert_eq!(status(&files, "/missing/").await, 404);
-            assert_eq!(
-                text(get(&files.index("home.htm"), "/with/", &[]).await).await,
-                "home"
-            );
+            assert_eq!(text(get(&files.index("home.htm"), "/with/", &[]).await).await, "home");
         });
     }
 }
@@ -500,24 +395,13 @@ fn listings_are_sorted_and_escaped() {
     for name in ["d/b<i>.txt", "d/a&b", "d/.hidden", "d/sub/x"] {
         directory.file(name, "x");
     }
-    fs::write(
-        directory
-            .0
-            .join("d")
-            .join(std::ffi::OsStr::from_bytes(b"bad\xff")),
-        "x",
-    )
-    .expect("a file");
+    fs::write(directory.0.join("d").join(std::ffi::OsStr::from_bytes(b"bad\xff")), "x").expect("a file");
     let files = directory.files().listing(true);
     on_executor(async {
         let response = get(&files, "/d/", &[]).await;
         assert_eq!(header(&response, &CONTENT_TYPE), "text/html; charset=utf-8");
         let page = text(response).await;
-        let links: Vec<&str> = page
-            .split("href=\"")
-            .skip(1)
-            .filter_map(|rest| rest.split('"').next())
-            .collect();
+        let links: Vec<&str> = page.split("href=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
         assert_eq!(links, ["../", "./a%26b", "./b%3Ci%3E.txt", "./sub/"]);
         assert!(page.contains("b&lt;i&gt;.txt") && page.contains("<h1>/d/</h1>"));
         assert!(!text(get(&files, "/", &[]).await).await.contains("../"));
@@ -547,31 +431,18 @@ fn a_file_that_shrinks_ends_in_an_error_and_one_that_grows_in_time() {
         on_executor(async {
             let path = directory.file("f", &content);
             let mut body = get(&files, "/f", &[]).await.into_body();
-            let first = next_chunk(&mut body)
-                .await
-                .expect("a chunk")
-                .expect("readable");
+            let first = next_chunk(&mut body).await.expect("a chunk").expect("readable");
             assert!(first.len() <= CHUNK_BYTES);
-            File::options()
-                .write(true)
-                .open(&path)
-                .and_then(|file| file.set_len(200_000))
-                .expect("truncate");
+            File::options().write(true).open(&path).and_then(|file| file.set_len(200_000)).expect("truncate");
             let mut received = first.len();
             let error = loop {
-                match next_chunk(&mut body)
-                    .await
-                    .expect("neither padded nor ended early")
-                {
+                match next_chunk(&mut body).await.expect("neither padded nor ended early") {
                     Ok(chunk) => received += chunk.len(),
                     Err(error) => break error,
                 }
             };
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-            assert!(
-                received <= 262_144,
-                "at most what was read ahead: {received}"
-            );
+            assert!(received <= 262_144, "at most what was read ahead: {received}");
             assert!(next_chunk(&mut body).await.is_none());
             assert_eq!(descriptors_into(&directory.0), 0);
 
@@ -597,17 +468,11 @@ fn a_large_cold_file_arrives_intact_in_bounded_chunks() {
                 let chunk = chunk.expect("readable");
                 assert!(!chunk.is_empty() && chunk.len() <= CHUNK_BYTES);
                 assert!(pending::outstanding() <= 1, "one read ahead at most");
-                assert!(
-                    chunk == content[position..position + chunk.len()],
-                    "at {position}"
-                );
+                assert!(chunk == content[position..position + chunk.len()], "at {position}");
                 position += chunk.len();
             }
             assert_eq!(position, content.len());
-            assert_eq!(
-                (pending::outstanding(), descriptors_into(&directory.0)),
-                (0, 0)
-            );
+            assert_eq!((pending::outstanding(), descriptors_into(&directory.0)), (0, 0));
         });
     }
 }
@@ -621,13 +486,7 @@ fn a_cold_file_goes_through_glommio_and_a_hot_one_does_not() {
     let path = directory.file("f", &content);
     let files = directory.files();
     // Since the last call.
-    let reads = || {
-        glommio::executor()
-            .io_stats()
-            .all_rings()
-            .file_buffered_reads()
-            .0
-    };
+    let reads = || glommio::executor().io_stats().all_rings().file_buffered_reads().0;
     on_executor(async {
         files.nowait.store(false, Ordering::Relaxed);
         make_cold(&path);
@@ -675,20 +534,14 @@ fn bodies_dropped_half_way_leak_nothing() {
             for round in 0..200 {
                 let mut body = get(&files, "/f", &[]).await.into_body();
                 for _ in 0..round % 4 {
-                    next_chunk(&mut body)
-                        .await
-                        .expect("a chunk")
-                        .expect("readable");
+                    next_chunk(&mut body).await.expect("a chunk").expect("readable");
                 }
                 // A poll more, so that a read is in flight when there is one to be had.
                 let mut context = Context::from_waker(Waker::noop());
                 let _ = Pin::new(&mut body).poll_frame(&mut context);
                 let in_flight = pending::outstanding();
                 assert!(in_flight <= 1);
-                assert!(
-                    nowait || in_flight == 1,
-                    "this way a read is always in flight"
-                );
+                assert!(nowait || in_flight == 1, "this way a read is always in flight");
                 if round % 2 == 0 {
                     // Let the read reach the kernel, or even complete.
                     glommio::timer::sleep(Duration::from_micros(50)).await;
@@ -713,9 +566,7 @@ fn responses_can_be_dropped_while_the_helper_works() {
             let request = request(Method::GET, "/f", &[]);
             let mut future = std::pin::pin!(files.respond(&request));
             // Pending as a rule; the helper may be faster.
-            let _ = future
-                .as_mut()
-                .poll(&mut Context::from_waker(Waker::noop()));
+            let _ = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         }
         assert_eq!(status(&files, "/f").await, 200);
     });
@@ -735,18 +586,11 @@ fn an_overloaded_offload_is_answered_with_503() {
     directory.file("f", "x");
     let mut files = directory.files().offload(Arc::new(Full)).listing(true);
     on_executor(async {
-        assert_eq!(
-            status(&files, "/f").await,
-            200,
-            "names in memory need no helper"
-        );
+        assert_eq!(status(&files, "/f").await, 200, "names in memory need no helper");
         assert_eq!(status(&files, "/").await, 503);
         files.cached_lookup = false;
         let busy = get(&files, "/f", &[]).await;
-        assert_eq!(
-            (busy.status().as_u16(), header(&busy, &RETRY_AFTER)),
-            (503, "1")
-        );
+        assert_eq!((busy.status().as_u16(), header(&busy, &RETRY_AFTER)), (503, "1"));
     });
 }
 
@@ -754,18 +598,11 @@ fn an_overloaded_offload_is_answered_with_503() {
 fn opening_says_what_is_wrong() {
     let directory = Directory::new();
     let file = directory.file("f", "x");
-    let missing = Files::open(directory.0.join("missing"))
-        .expect_err("not there")
-        .to_string();
+    let missing = Files::open(directory.0.join("missing")).expect_err("not there").to_string();
     assert!(
-        missing.contains("missing")
-            && missing.contains("No such file")
-            && missing.contains("create it"),
+        missing.contains("missing") && missing.contains("No such file") && missing.contains("create it"),
         "{missing}"
     );
     let not_directory = Files::open(file).expect_err("a file").to_string();
-    assert!(
-        not_directory.contains("Not a directory") && not_directory.contains("name a directory"),
-        "{not_directory}"
-    );
+    assert!(not_directory.contains("Not a directory") && not_directory.contains("name a directory"), "{not_directory}");
 }

@@ -13,6 +13,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use slab::Slab;
+use smallvec::SmallVec;
 
 use super::ring::{Buffer, Completion, OperationKey, Purpose, Ring, RingOptions};
 use crate::sys::socket;
@@ -40,8 +41,9 @@ enum Receive {
 
 struct Socket {
     fd: OwnedFd,
-    /// Received in this turn, not yet read.
-    fresh: Vec<Buffer>,
+    /// Received in this turn, not yet read. In place: a block of heap per connection, made between the buffers of
+    /// protocols, would keep the memory of those from ever going back to the system.
+    fresh: SmallVec<[Buffer; 2]>,
     /// How much of `fresh[0]` has been read.
     fresh_offset: usize,
     /// Received in earlier turns, not yet read.
@@ -131,7 +133,7 @@ impl Driver {
     pub(crate) fn adopt(&mut self, fd: OwnedFd) -> u32 {
         let key = self.sockets.insert(Socket {
             fd,
-            fresh: Vec::new(),
+            fresh: SmallVec::new(),
             fresh_offset: 0,
             unread: Vec::new(),
             unread_offset: 0,
@@ -179,7 +181,11 @@ impl Driver {
 
     fn close_if_quiet(&mut self, key: u32) {
         let socket = &self.sockets[key as usize];
-        if socket.abandoned && socket.receive == Receive::Stopped && socket.writable.is_none() && socket.sending.is_none() {
+        if socket.abandoned
+            && socket.receive == Receive::Stopped
+            && socket.writable.is_none()
+            && socket.sending.is_none()
+        {
             self.sockets.remove(key as usize);
         }
     }

@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, Wake, Waker};
@@ -221,8 +221,8 @@ fn a_driver_gives_every_descriptor_back_whatever_is_in_flight() {
         let inbox = EventFd::new().expect("an eventfd");
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback is there");
         let mut driver = driver(4, 64);
-        driver.watch_inbox(std::os::fd::AsFd::as_fd(&inbox));
-        driver.watch_listener(std::os::fd::AsFd::as_fd(&listener), 0);
+        driver.watch_inbox(inbox.as_fd());
+        driver.watch_listener(listener.as_fd(), 0);
         let mut peers = Vec::new();
         for _ in 0..8 {
             let (ours, mut peer) = pair();
@@ -279,6 +279,8 @@ struct Connection {
     end: Option<Option<i32>>,
     shut: bool,
     abandoned: bool,
+    /// A send or shutdown of ours has failed.
+    refused: bool,
     /// One in this many chances to read is taken.
     lazy: u64,
 }
@@ -328,6 +330,19 @@ struct Seen {
 
 const CONNECTIONS: usize = 12;
 
+/// The socket's row of `/proc/net/tcp` and its peer's: addresses, state, queues, timers.
+fn kernel_view(inode: &str) -> String {
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("/proc is mounted");
+    let number = inode.trim_start_matches("socket:[").trim_end_matches(']');
+    let columns = |row: &str| row.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let rows: Vec<Vec<String>> = table.lines().skip(1).map(columns).collect();
+    let Some(ours) = rows.iter().find(|row| row.get(9).is_some_and(|inode| inode == number)) else {
+        return "no such socket".to_owned();
+    };
+    let pair = rows.iter().filter(|row| row[1] == ours[1] || row[2] == ours[1]);
+    pair.map(|row| row[1..7].join(" ")).collect::<Vec<_>>().join("; ")
+}
+
 impl Drive {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
@@ -366,6 +381,7 @@ impl Drive {
                 end: None,
                 shut: false,
                 abandoned: false,
+                refused: false,
                 lazy: [1, 2, 200, 2000][self.random.size(4)],
             });
         }
@@ -511,7 +527,7 @@ impl Drive {
         let fair = match (end, one.peer_end) {
             (None, PeerEnd::Half) => one.received == one.peer_sent,
             // A send of ours that fails takes the socket's error away; what is left for the receive is an end.
-            (None, PeerEnd::Gone) => one.received == one.peer_sent || one.sent > 0,
+            (None, PeerEnd::Gone) => one.received == one.peer_sent || one.sent > 0 || one.refused,
             (Some(errno), PeerEnd::Gone) => [libc::ECONNRESET, libc::EPIPE].contains(&errno),
             (_, PeerEnd::Open) | (Some(_), PeerEnd::Half) => false,
         };
@@ -543,6 +559,7 @@ impl Drive {
             }
             Some(Err(error)) => {
                 assert!(one.peer_end == PeerEnd::Gone, "seed {seed}: connection {}: send: {error}", one.id);
+                one.refused = true;
             }
             None => self.seen.blocked += u64::from(!waiting),
         }
@@ -559,7 +576,7 @@ impl Drive {
             Some(Ok(())) => one.shut = true,
             Some(Err(error)) => {
                 assert!(one.peer_end == PeerEnd::Gone, "seed {seed}: connection {}: shutdown: {error}", one.id);
-                one.shut = true;
+                (one.shut, one.refused) = (true, true);
             }
             None => {}
         }
@@ -600,7 +617,7 @@ impl Drive {
             assert!(
                 progress_at.elapsed() < Duration::from_secs(5),
                 "seed {}: connection {} waited in vain for {what}: received {} of {}, peer received {} of {}, peer {:?}, \
-                 abandoned {}, reader woken {}",
+                 abandoned {}, reader woken {}; in the kernel: {}",
                 self.seed,
                 one.id,
                 one.received,
@@ -609,7 +626,8 @@ impl Drive {
                 one.sent,
                 one.peer_end,
                 one.abandoned,
-                one.reader.0.load(Ordering::Relaxed)
+                one.reader.0.load(Ordering::Relaxed),
+                kernel_view(&one.inode)
             );
         }
     }
@@ -722,4 +740,80 @@ fn a_random_drive_loses_invents_and_mixes_up_nothing() {
     }
     let met = [seen.full, seen.blocked, seen.ends, seen.errors, seen.abandoned];
     assert!(met.iter().all(|count| *count > 0), "the drives have not met everything they are there for: {seen:?}");
+}
+
+/// A reset that was there before the receive was armed, behind more bytes than it takes in one go: the kernel itself
+/// never reports it.
+#[test]
+fn a_reset_that_came_before_the_receive_is_seen() {
+    for count in [1, 33 * 128, 33 * 128 + 1, 15_000, 60_000] {
+        for buffers in [8, 64, 512] {
+            let mut driver = driver(buffers, 128);
+            let (ours, mut peer) = pair();
+            let sent = peer.write(&vec![1; count]).expect("room");
+            reset(peer);
+            let key = driver.adopt(ours);
+            let (mut received, reader) = (0, Runnable::new());
+            turn_until(&mut driver, &format!("the reset behind {count} bytes, {buffers} buffers"), |driver| {
+                match read_as(driver, key, usize::MAX, &reader) {
+                    Some(Ok(bytes)) => received += bytes.len(),
+                    Some(Err(error)) => {
+                        assert_eq!((error.kind(), received), (ErrorKind::ConnectionReset, sent));
+                        return true;
+                    }
+                    None => {}
+                }
+                false
+            });
+        }
+    }
+}
+
+#[test]
+fn ticks_do_not_pile_up() {
+    let mut driver = driver(4, 64);
+    for _ in 0..50 {
+        let now = Instant::now();
+        driver.wake_by(now + Duration::from_millis(10), now);
+        driver.wake_by(now + Duration::from_millis(1), now);
+        driver.turn(true, &mut Arrivals::default()).expect("io_uring_enter");
+        assert!(driver.ring().in_flight() <= 4, "{} operations for one tick", driver.ring().in_flight());
+    }
+}
+
+#[test]
+fn a_listener_that_is_no_longer_watched_refuses_clients_once_closed() {
+    let mut driver = driver(4, 64);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+    let address = listener.local_addr().expect("bound");
+    let watch = driver.watch_listener(listener.as_fd(), 0);
+    turn(&mut driver, None);
+    drop(listener);
+    driver.unwatch_listener(watch);
+    turn(&mut driver, STEP);
+    let refused = TcpStream::connect(address).expect_err("nobody listens");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn a_watch_that_the_kernel_has_ended_is_reported() {
+    let mut driver = driver(4, 64);
+    let inbox = EventFd::new().expect("an eventfd");
+    driver.watch_inbox(inbox.as_fd());
+    let tick = driver.ring().tick(Duration::from_secs(3600));
+    // More completions than the ring has room for.
+    for _ in 0..5000 {
+        driver.ring().cancel(tick);
+    }
+    inbox.signal();
+    let mut arrivals = Arrivals::default();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !arrivals.inbox_unwatched {
+        driver.turn(false, &mut arrivals).expect("io_uring_enter");
+        assert!(Instant::now() < deadline, "the watch has not ended");
+    }
+    driver.watch_inbox(inbox.as_fd());
+    let mut arrivals = Arrivals::default();
+    driver.turn(true, &mut arrivals).expect("io_uring_enter");
+    assert!(arrivals.activity && !arrivals.inbox_unwatched);
 }

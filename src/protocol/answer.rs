@@ -131,9 +131,8 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
         }
         let Some(body) = this.body.as_mut().as_pin_mut() else { return Poll::Ready(None) };
         match catch_unwind(AssertUnwindSafe(|| body.poll_frame(context))) {
-            Ok(polled) => polled.map(|frame| {
-                frame.map(|frame| frame.map(|frame| frame.map_data(Chunk::Service)).map_err(Into::into))
-            }),
+            Ok(polled) => polled
+                .map(|frame| frame.map(|frame| frame.map(|frame| frame.map_data(Chunk::Service)).map_err(Into::into))),
             Err(payload) => {
                 // The head has gone out: all that is left is to break the connection off.
                 let panic = message(payload);
@@ -164,9 +163,7 @@ pub(crate) fn respond<B: HttpBody>(
     // hyper says so by itself only for requests that came before it was told of the drain.
     let closing = in_flight.core.draining().is_some();
     let mut response = match result {
-        Ok(Ok(response)) => {
-            response.map(|body| AnswerBody { body: Some(body), text: None, in_flight })
-        }
+        Ok(Ok(response)) => response.map(|body| AnswerBody { body: Some(body), text: None, in_flight }),
         Ok(Err(error)) => refuse(error, in_flight),
         Err(panic) => {
             report_panic(&in_flight.core, &panic);
@@ -207,5 +204,10 @@ pub(crate) fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlig
 
 fn report_panic(core: &Core, panic: &str) {
     core.cells.panics_contained.add(1);
-    tracing::error!(slot = core.slot, generation = core.generation, panic, "a request handler panicked; its connection is closed");
+    tracing::error!(
+        slot = core.slot,
+        generation = core.generation,
+        panic,
+        "a request handler panicked; its connection is closed"
+    );
 }

@@ -211,7 +211,9 @@ where
 
     fn into_io(self: Pin<Box<Self>>) -> HttpIo {
         let parts = (*Pin::into_inner(self)).into_parts();
-        HttpIo { replay: parts.read_buf, ..parts.io }
+        // Empty it would still keep hyper's buffer.
+        let replay = if parts.read_buf.is_empty() { Bytes::new() } else { parts.read_buf };
+        HttpIo { replay, ..parts.io }
     }
 }
 
@@ -220,7 +222,10 @@ enum Stage {
     Silent(HttpIo),
     Speaking(Pin<Box<dyn Speaking>>),
     /// All is answered; what still comes in is thrown away for a while.
-    Lingering { io: HttpIo, bytes_left: usize },
+    Lingering {
+        io: HttpIo,
+        bytes_left: usize,
+    },
     Done,
 }
 
@@ -256,7 +261,8 @@ impl Future for Connection {
             this.draining = Draining::Noticed;
             if let Stage::Silent(io) = &this.stage {
                 // One that is idle between requests is closed; a new one may still be sending its first.
-                let grace = if this.activity.spoke.get() && !io.stream.is_readable() { Duration::ZERO } else { DRAIN_GRACE };
+                let grace =
+                    if this.activity.spoke.get() && !io.stream.is_readable() { Duration::ZERO } else { DRAIN_GRACE };
                 this.timer = Some(Sleep::until(this.core.now() + grace));
             }
         }
@@ -286,12 +292,10 @@ impl Connection {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(done) => self.finish(done),
                 },
-                Stage::Lingering { io, bytes_left } => {
-                    match ready!(io.stream.poll_receive(context, <[u8]>::len)) {
-                        Ok(count @ 1..) if count < *bytes_left => *bytes_left -= count,
-                        _ => return Poll::Ready(()),
-                    }
-                }
+                Stage::Lingering { io, bytes_left } => match ready!(io.stream.poll_receive(context, <[u8]>::len)) {
+                    Ok(count @ 1..) if count < *bytes_left => *bytes_left -= count,
+                    _ => return Poll::Ready(()),
+                },
                 Stage::Done => return Poll::Ready(()),
             }
         }
@@ -309,6 +313,7 @@ impl Connection {
     fn hibernate(&mut self) {
         if let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done) {
             self.stage = Stage::Silent(speaking.into_io());
+            self.core.note_hibernation();
             self.timer = self.activity.deadline(&self.core.settings.http).map(Sleep::until);
         }
     }

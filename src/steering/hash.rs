@@ -12,8 +12,8 @@
 use std::net::SocketAddr;
 
 use libc::{
-    BPF_ABS, BPF_ALU, BPF_B, BPF_IND, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_LDX, BPF_MEM, BPF_MISC,
-    BPF_MSH, BPF_MUL, BPF_RSH, BPF_ST, BPF_TAX, BPF_W, BPF_X, BPF_XOR, SKF_NET_OFF, sock_filter,
+    BPF_ABS, BPF_ALU, BPF_B, BPF_IND, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_LDX, BPF_MEM, BPF_MISC, BPF_MSH, BPF_MUL,
+    BPF_RSH, BPF_ST, BPF_TAX, BPF_W, BPF_X, BPF_XOR, SKF_NET_OFF, sock_filter,
 };
 
 use super::Steering;
@@ -39,16 +39,12 @@ impl Hash {
             SocketAddr::V4(client) => vec![u32::from(*client.ip())],
             SocketAddr::V6(client) => {
                 let octets = client.ip().octets();
-                let word = |i: usize| {
-                    u32::from_be_bytes([octets[i], octets[i + 1], octets[i + 2], octets[i + 3]])
-                };
+                let word = |i: usize| u32::from_be_bytes([octets[i], octets[i + 1], octets[i + 2], octets[i + 3]]);
                 [0, 4, 8, 12].map(word).to_vec()
             }
         };
         let ports = u32::from(client.port()) << 16 | u32::from(port);
-        let address = words
-            .into_iter()
-            .fold(0, |hash: u32, word| (hash ^ word).wrapping_mul(SPREAD));
+        let address = words.into_iter().fold(0, |hash: u32, word| (hash ^ word).wrapping_mul(SPREAD));
         let mut hash = address ^ ports ^ self.seed;
         hash = (hash ^ (hash >> 16)).wrapping_mul(MIX_ONE);
         hash = (hash ^ (hash >> 13)).wrapping_mul(MIX_TWO);
@@ -110,10 +106,8 @@ fn combine_v4(skip: u32) -> Vec<sock_filter> {
 /// Source address and both ports of an IPv6 packet into A. With extension headers, which a SYN
 /// hardly ever has, the bytes in the place of the ports; they are the same for each packet all the same.
 fn combine_v6() -> Vec<sock_filter> {
-    let mut program = vec![
-        statement(BPF_LD | BPF_W | BPF_ABS, network(8)),
-        statement(BPF_ALU | BPF_MUL | BPF_K, SPREAD),
-    ];
+    let mut program =
+        vec![statement(BPF_LD | BPF_W | BPF_ABS, network(8)), statement(BPF_ALU | BPF_MUL | BPF_K, SPREAD)];
     for offset in [12, 16, 20] {
         program.push(statement(BPF_MISC | BPF_TAX, 0));
         program.push(statement(BPF_LD | BPF_W | BPF_ABS, network(offset)));
@@ -145,16 +139,13 @@ mod tests {
     use super::*;
     use crate::steering::Table;
     use crate::sys::bind::BindError;
-    use crate::sys::poll::wait_readable;
     use crate::sys::bind::{ListenOptions, bind_group};
+    use crate::sys::poll::wait_readable;
     use crate::sys::socket;
 
     /// Connects 200 times and compares the slot the kernel chose with the function's.
     fn kernel_and_function_agree(listen: &str, connect: std::net::IpAddr, active: &[u16]) {
-        let options = ListenOptions {
-            v6_only: false,
-            ..ListenOptions::default()
-        };
+        let options = ListenOptions { v6_only: false, ..ListenOptions::default() };
         let listeners = match bind_group(listen.parse().unwrap(), 6, &options) {
             Ok(listeners) => listeners,
             Err(BindError::NotAvailable { .. }) => return eprintln!("skipped: no IPv6 here"),
@@ -175,9 +166,7 @@ mod tests {
                 Err(error) => panic!("{error}"),
             };
             let ready = wait_readable(&fds, Some(Duration::from_secs(5))).unwrap();
-            let expected = hash
-                .slot(client.local_addr().unwrap(), port, active)
-                .unwrap();
+            let expected = hash.slot(client.local_addr().unwrap(), port, active).unwrap();
             assert_eq!(ready, [usize::from(expected)]);
             socket::accept(fds[ready[0]]).unwrap();
             used[ready[0]] += 1;

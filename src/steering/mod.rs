@@ -46,8 +46,7 @@ pub trait Steering: Send {
 
 /// The policy of that name. `seed` makes choices that clients could predict differ between processes.
 pub fn by_name(name: &str, seed: u32) -> Option<Box<dyn Steering>> {
-    let policies: [Box<dyn Steering>; 2] =
-        [Box::new(random::Random), Box::new(hash::Hash::new(seed))];
+    let policies: [Box<dyn Steering>; 2] = [Box::new(random::Random), Box::new(hash::Hash::new(seed))];
     policies.into_iter().find(|policy| policy.name() == name)
 }
 
@@ -66,12 +65,7 @@ impl Table {
     /// listener per address. Nothing is attached yet: the kernel spreads over all slots by a hash.
     pub fn new(policy: Box<dyn Steering>, slots: u16, groups: Vec<OwnedFd>) -> Self {
         debug_assert!((1..=SLOTS_MAX).contains(&slots), "{slots} slots");
-        Self {
-            policy,
-            slots,
-            groups,
-            in_force: None,
-        }
+        Self { policy, slots, groups, in_force: None }
     }
 
     /// The policy's name.
@@ -99,10 +93,7 @@ impl Table {
         if let Some(slot) = active.last().filter(|slot| **slot >= self.slots) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!(
-                    "cannot steer to slot {slot}: there are {} slots",
-                    self.slots
-                ),
+                format!("cannot steer to slot {slot}: there are {} slots", self.slots),
             ));
         }
         if self.in_force.as_ref() == Some(&active) {
@@ -146,8 +137,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::sys::poll::wait_readable;
     use crate::sys::bind::{ListenOptions, bind_group};
+    use crate::sys::poll::wait_readable;
 
     /// A group of listeners on loopback and a table over it.
     struct Fixture {
@@ -163,11 +154,7 @@ mod tests {
             let listeners = bind_group(any, slots.into(), &options).unwrap();
             let addr = socket::local_addr(listeners[0].as_fd()).unwrap();
             let groups = vec![listeners[0].try_clone().unwrap()];
-            Self {
-                addr,
-                table: Table::new(policy, slots, groups),
-                listeners,
-            }
+            Self { addr, table: Table::new(policy, slots, groups), listeners }
         }
 
         fn random(slots: u16) -> Self {
@@ -274,20 +261,13 @@ mod tests {
         let _clients: Vec<_> = (0..400).map(|_| fixture.connect()).collect();
         let counts = fixture.accept(400);
         // 15 % to 35 % of 400 is 4.6 standard deviations.
-        assert!(
-            counts.iter().all(|count| (60..=140).contains(count)),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|count| (60..=140).contains(count)), "{counts:?}");
     }
 
     #[test]
     fn changing_the_table_under_traffic_loses_no_connection() {
         const CONNECTS: usize = 600;
-        let Fixture {
-            listeners,
-            addr,
-            mut table,
-        } = Fixture::random(4);
+        let Fixture { listeners, addr, mut table } = Fixture::random(4);
         std::thread::scope(|scope| {
             let clients = scope.spawn(move || {
                 let connect = |_| TcpStream::connect(addr).unwrap();
@@ -313,9 +293,7 @@ mod tests {
     fn every_address_gets_the_program() {
         let any = "127.0.0.1:0".parse().unwrap();
         let options = ListenOptions::default();
-        let groups: Vec<_> = (0..2)
-            .map(|_| bind_group(any, 3, &options).unwrap())
-            .collect();
+        let groups: Vec<_> = (0..2).map(|_| bind_group(any, 3, &options).unwrap()).collect();
         let members = groups.iter().map(|g| g[2].try_clone().unwrap()).collect();
         let mut table = Table::new(Box::new(random::Random), 3, members);
         table.set_active(&[1]).unwrap();

@@ -5,9 +5,9 @@ pub(crate) mod policy;
 mod signals;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ use crate::executor::slot::{self, Report, SlotSeat};
 use crate::handle::{Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
-use policy::{Action, End, Event, Outcome, Policy, Readiness, Stopped, StopMode};
+use policy::{Action, End, Event, Outcome, Policy, Readiness, StopMode, Stopped};
 
 /// What the supervisor's thread is told.
 #[derive(Debug)]
@@ -147,7 +147,11 @@ impl Supervisor {
                 Some(Event::Ready { slot, generation: generation as u32 })
             }
             Report::Full { slot, full } => {
-                if full { self.full.insert(slot) } else { self.full.remove(&slot) };
+                if full {
+                    self.full.insert(slot)
+                } else {
+                    self.full.remove(&slot)
+                };
                 self.steer();
                 None
             }
@@ -174,7 +178,9 @@ impl Supervisor {
         let (how, what) = match failure {
             Failure::Start(error) => (End::StartFailed, format!("its start-up failed: {error}")),
             Failure::Panicked(panic) => (End::Panicked, format!("it panicked: {panic}")),
-            Failure::Background { name, error } => (End::Failed, format!("its background task '{name}' failed: {error}")),
+            Failure::Background { name, error } => {
+                (End::Failed, format!("its background task '{name}' failed: {error}"))
+            }
         };
         tracing::error!(slot, generation, "an executor has ended, {what}; its connections are closed");
         self.failures.insert(slot, what);
@@ -193,7 +199,11 @@ impl Supervisor {
             Action::StopNow { slot } => self.seats[usize::from(slot)].inbox.order(SlotOrder::Stop),
             Action::Join { slot, thread } => self.join(slot, thread),
             Action::Abandon { slot, thread } => {
-                tracing::error!(slot, thread, "an executor does not answer the order to stop: its thread is left behind");
+                tracing::error!(
+                    slot,
+                    thread,
+                    "an executor does not answer the order to stop: its thread is left behind"
+                );
             }
             Action::SetActive(slots) => {
                 self.active = slots;
@@ -210,7 +220,11 @@ impl Supervisor {
             }
             Action::StartFailed { slot, failure } => tracing::debug!(slot, ?failure, "the start has failed"),
             Action::Quarantined { slot, reason } => {
-                tracing::error!(slot, ?reason, "the slot is quarantined: it gets no executor until the server is restarted");
+                tracing::error!(
+                    slot,
+                    ?reason,
+                    "the slot is quarantined: it gets no executor until the server is restarted"
+                );
             }
             Action::Exit(_) => unreachable!("handled by `run`"),
         }
@@ -294,7 +308,8 @@ impl Supervisor {
             }
             Outcome::AllQuarantined { .. } => {
                 let last = self.failures.values().next().cloned().unwrap_or_default();
-                let message = format!("every executor failed too often and was given up; the last to be heard of one: {last}");
+                let message =
+                    format!("every executor failed too often and was given up; the last to be heard of one: {last}");
                 Err(Error::new(Kind::Quarantined, message))
             }
         }

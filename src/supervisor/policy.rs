@@ -28,9 +28,7 @@ mod tests;
 use std::time::{Duration, Instant};
 
 pub use config::{Config, RestartPolicy};
-pub use message::{
-    Action, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, StopMode, Stopped,
-};
+pub use message::{Action, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, StopMode, Stopped};
 use slot::{Limit, Random, Slot, State, Thread, Verdict, later};
 #[cfg_attr(not(test), expect(unused_imports, reason = "for the handle's view of the slots"))]
 pub use slot::{SlotState, SlotStatus};
@@ -107,11 +105,7 @@ impl Policy {
         match event {
             Event::Start => self.start(now),
             Event::Ready { slot, generation } => self.ready(slot, generation, now),
-            Event::Ended {
-                slot,
-                generation,
-                how,
-            } => self.ended(slot, generation, how, now),
+            Event::Ended { slot, generation, how } => self.ended(slot, generation, how, now),
             Event::ThreadDied { slot, thread } => self.thread_died(slot, thread, now),
             Event::Stop(mode) => self.stop(mode, now),
             Event::Tick => self.tick(now),
@@ -127,11 +121,7 @@ impl Policy {
             Phase::Stopping { drain_until, .. } => drain_until,
             _ => None,
         };
-        self.slots
-            .iter()
-            .filter_map(|slot| slot.state.deadline())
-            .chain(drain)
-            .min()
+        self.slots.iter().filter_map(|slot| slot.state.deadline()).chain(drain).min()
     }
 
     /// What a load balancer is told at present.
@@ -207,10 +197,7 @@ impl Policy {
     }
 
     fn tick(&mut self, now: Instant) {
-        if let Phase::Stopping {
-            drain_until: Some(until),
-            ..
-        } = self.phase
+        if let Phase::Stopping { drain_until: Some(until), .. } = self.phase
             && until <= now
         {
             self.cut_drain(Stopped::DeadlinePassed, now);
@@ -224,11 +211,7 @@ impl Policy {
                 State::Backoff { .. } => self.begin(index, now),
                 State::Starting(_) => self.start_timed_out(index, now),
                 State::Stopping(_) => self.abandon(index),
-                State::Idle
-                | State::Ready { .. }
-                | State::Draining
-                | State::Quarantined
-                | State::Ended => {}
+                State::Idle | State::Ready { .. } | State::Draining | State::Quarantined | State::Ended => {}
             }
         }
     }
@@ -260,11 +243,7 @@ impl Policy {
                 self.lay_down(index);
                 return self.fail_start(index, Failure::from_end(how), now);
             }
-            Phase::Stopping {
-                how: outcome,
-                failed,
-                ..
-            } if draining => match how {
+            Phase::Stopping { how: outcome, failed, .. } if draining => match how {
                 Some(End::Drained) => {}
                 Some(End::Stopped) => *outcome = Stopped::DeadlinePassed,
                 _ => *failed += 1,
@@ -306,15 +285,10 @@ impl Policy {
     fn begin_stop(&mut self, mode: StopMode, now: Instant) {
         let drain_until = match mode {
             StopMode::Now => None,
-            StopMode::Drain { deadline } => {
-                Some(later(now, deadline.unwrap_or(self.config.drain_deadline)))
-            }
+            StopMode::Drain { deadline } => Some(later(now, deadline.unwrap_or(self.config.drain_deadline))),
         };
-        self.phase = Phase::Stopping {
-            how: drain_until.map_or(Stopped::AtOnce, |_| Stopped::Drained),
-            drain_until,
-            failed: 0,
-        };
+        self.phase =
+            Phase::Stopping { how: drain_until.map_or(Stopped::AtOnce, |_| Stopped::Drained), drain_until, failed: 0 };
         for index in 0..self.slots.len() {
             let slot = &mut self.slots[index];
             match (slot.state, drain_until) {
@@ -333,10 +307,7 @@ impl Policy {
     /// Ends the drain for the generations that are not done with it.
     fn cut_drain(&mut self, why: Stopped, now: Instant) {
         let draining = self.slots.iter().any(|s| s.state == State::Draining);
-        if let Phase::Stopping {
-            how, drain_until, ..
-        } = &mut self.phase
-        {
+        if let Phase::Stopping { how, drain_until, .. } = &mut self.phase {
             *drain_until = None;
             if draining {
                 *how = why;
@@ -429,9 +400,7 @@ impl Policy {
             Phase::Running if quarantined.count() * 2 > self.slots.len() => {
                 Readiness::NotReady(NotReady::MostQuarantined)
             }
-            Phase::Running if self.active().is_empty() => {
-                Readiness::NotReady(NotReady::NoActiveSlot)
-            }
+            Phase::Running if self.active().is_empty() => Readiness::NotReady(NotReady::NoActiveSlot),
             Phase::Running => Readiness::Ready,
             _ => Readiness::NotReady(NotReady::Stopping),
         };
@@ -458,25 +427,15 @@ impl Policy {
         };
         match self.phase {
             Phase::Running if states.all(|s| s == State::Quarantined) => {
-                Some(Outcome::AllQuarantined {
-                    abandoned: abandoned(),
-                })
+                Some(Outcome::AllQuarantined { abandoned: abandoned() })
             }
             Phase::Failing { slot, failure } if !states.any(|s| s.is_live()) => {
                 let abandoned = abandoned();
-                Some(Outcome::StartFailed {
-                    slot,
-                    failure,
-                    abandoned,
-                })
+                Some(Outcome::StartFailed { slot, failure, abandoned })
             }
             Phase::Stopping { how, failed, .. } if !states.any(|s| s.is_live()) => {
                 let abandoned = abandoned();
-                Some(Outcome::Stopped {
-                    how,
-                    failed,
-                    abandoned,
-                })
+                Some(Outcome::Stopped { how, failed, abandoned })
             }
             _ => None,
         }

@@ -54,13 +54,8 @@ pub fn current_cpu() -> usize {
 pub fn parse_cpu_list(text: &str) -> Result<Vec<usize>, String> {
     let number = |part: &str| match part.trim().parse::<usize>() {
         Ok(cpu) if cpu < CPUS_MAX => Ok(cpu),
-        Ok(cpu) => Err(format!(
-            "CPU {cpu} in '{text}' is beyond the largest possible, {}",
-            CPUS_MAX - 1
-        )),
-        Err(_) => Err(format!(
-            "'{part}' in the CPU list '{text}' is not a number; write it like 0-3,7"
-        )),
+        Ok(cpu) => Err(format!("CPU {cpu} in '{text}' is beyond the largest possible, {}", CPUS_MAX - 1)),
+        Err(_) => Err(format!("'{part}' in the CPU list '{text}' is not a number; write it like 0-3,7")),
     };
     let mut cpus = Vec::new();
     for part in text.split(',') {
@@ -69,9 +64,7 @@ pub fn parse_cpu_list(text: &str) -> Result<Vec<usize>, String> {
             None => (number(part)?, number(part)?),
         };
         if first > last {
-            return Err(format!(
-                "the range '{part}' in the CPU list '{text}' runs backwards; write {last}-{first}"
-            ));
+            return Err(format!("the range '{part}' in the CPU list '{text}' runs backwards; write {last}-{first}"));
         }
         cpus.extend(first..=last);
     }
@@ -85,9 +78,7 @@ const CPUS_MAX: usize = 8192;
 
 fn allowed_by_proc() -> Option<Vec<usize>> {
     let status = fs::read_to_string("/proc/thread-self/status").ok()?;
-    let list = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     parse_cpu_list(list.trim()).ok()
 }
 
@@ -97,10 +88,7 @@ fn allowed_by_proc() -> Option<Vec<usize>> {
 fn quota_from(proc_self: &Path) -> Option<f64> {
     let groups = fs::read_to_string(proc_self.join("cgroup")).ok()?;
     let mounts = fs::read_to_string(proc_self.join("mountinfo")).ok()?;
-    Hierarchy::of_process(&groups, &mounts)
-        .into_iter()
-        .filter_map(|hierarchy| hierarchy.quota())
-        .reduce(f64::min)
+    Hierarchy::of_process(&groups, &mounts).into_iter().filter_map(|hierarchy| hierarchy.quota()).reduce(f64::min)
 }
 
 /// Where the process stands in one mounted cgroup tree that can limit CPU time.
@@ -128,11 +116,7 @@ impl Hierarchy {
                     // In a container the path may lie outside of what is mounted; then what is
                     // mounted is the container's own group.
                     let below = Path::new(path).strip_prefix(root).unwrap_or(Path::new(""));
-                    found.push(Self {
-                        unified,
-                        group: mount_point.join(below),
-                        mount_point,
-                    });
+                    found.push(Self { unified, group: mount_point.join(below), mount_point });
                 }
             }
         }
@@ -211,13 +195,7 @@ mod tests {
 
     #[test]
     fn executors_follow_cpus_and_quota() {
-        let executors = |cpus: usize, quota| {
-            Cpus {
-                allowed: (0..cpus).collect(),
-                quota,
-            }
-            .executors()
-        };
+        let executors = |cpus: usize, quota| Cpus { allowed: (0..cpus).collect(), quota }.executors();
         assert_eq!(executors(8, None), 8);
         assert_eq!(executors(8, Some(2.5)), 3);
         assert_eq!(executors(8, Some(0.1)), 1);
@@ -242,10 +220,8 @@ mod tests {
         fs::write(group.join("cpu.max"), "max 100000\n").unwrap();
         fs::write(root.join("fs/slice/cpu.max"), "250000 100000\n").unwrap();
         fs::write(root.join("cgroup"), "0::/slice/unit\n").unwrap();
-        let mount = format!(
-            "30 23 0:26 / {} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",
-            root.join("fs").display()
-        );
+        let mount =
+            format!("30 23 0:26 / {} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n", root.join("fs").display());
         fs::write(root.join("mountinfo"), mount).unwrap();
         assert_eq!(quota_from(&root), Some(2.5));
         fs::write(group.join("cpu.max"), "50000 100000\n").unwrap();
@@ -264,10 +240,7 @@ mod tests {
         let found = Hierarchy::of_process(groups, mounts);
         assert_eq!(found.len(), 2);
         assert!(!found[0].unified);
-        assert_eq!(
-            found[0].group,
-            Path::new("/sys/fs/cgroup/cpu,cpuacct/inner")
-        );
+        assert_eq!(found[0].group, Path::new("/sys/fs/cgroup/cpu,cpuacct/inner"));
         assert!(found[1].unified);
         assert_eq!(found[1].mount_point, Path::new("/sys/fs/cgroup/unified"));
     }

@@ -34,13 +34,7 @@ pub struct ListenOptions {
 
 impl Default for ListenOptions {
     fn default() -> Self {
-        Self {
-            backlog: 4096,
-            keepalive: None,
-            user_timeout: None,
-            v6_only: true,
-            share_port: false,
-        }
+        Self { backlog: 4096, keepalive: None, user_timeout: None, v6_only: true, share_port: false }
     }
 }
 
@@ -48,10 +42,7 @@ impl Default for ListenOptions {
 #[derive(Debug)]
 pub enum BindError {
     /// Someone listens there already; `holder` if `/proc` shows who.
-    InUse {
-        addr: SocketAddr,
-        holder: Option<Holder>,
-    },
+    InUse { addr: SocketAddr, holder: Option<Holder> },
     /// No interface has the address, or its family is switched off.
     NotAvailable { addr: SocketAddr },
     /// The port is privileged and we are not, or a security module objects.
@@ -59,11 +50,7 @@ pub enum BindError {
     /// `count` descriptors did not fit.
     TooManyFiles { addr: SocketAddr, count: usize },
     /// Anything else, with the step that failed.
-    Other {
-        addr: SocketAddr,
-        attempt: &'static str,
-        error: io::Error,
-    },
+    Other { addr: SocketAddr, attempt: &'static str, error: io::Error },
 }
 
 /// Opens `count` non-blocking listeners on `addr` as one reuseport group, in order: index in the
@@ -71,11 +58,7 @@ pub enum BindError {
 /// ([`socket::local_addr`] tells which).
 ///
 /// Unless [`ListenOptions::share_port`], it is an error if anything listens on the address already.
-pub fn bind_group(
-    addr: SocketAddr,
-    count: usize,
-    options: &ListenOptions,
-) -> Result<Vec<OwnedFd>, BindError> {
+pub fn bind_group(addr: SocketAddr, count: usize, options: &ListenOptions) -> Result<Vec<OwnedFd>, BindError> {
     let fail = |(attempt, error)| BindError::new(addr, count, attempt, error);
     if count == 0 {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "no listener was asked for");
@@ -139,11 +122,7 @@ fn open_member(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, Fai
     Ok(listener)
 }
 
-fn open_bound(
-    addr: SocketAddr,
-    options: &ListenOptions,
-    reuse_port: bool,
-) -> Result<OwnedFd, Failure> {
+fn open_bound(addr: SocketAddr, options: &ListenOptions, reuse_port: bool) -> Result<OwnedFd, Failure> {
     let listener = socket::stream_socket(addr).map_err(|error| (OPEN, error))?;
     configure(listener.as_fd(), addr, options).map_err(|error| (CONFIGURE, error))?;
     if reuse_port {
@@ -175,20 +154,14 @@ fn configure(fd: BorrowedFd<'_>, addr: SocketAddr, options: &ListenOptions) -> i
     }
     if let Some(timeout) = options.user_timeout {
         let timeout_ms = timeout.as_nanos().div_ceil(1_000_000);
-        tcp(
-            libc::TCP_USER_TIMEOUT,
-            i32::try_from(timeout_ms).unwrap_or(i32::MAX),
-        )?;
+        tcp(libc::TCP_USER_TIMEOUT, i32::try_from(timeout_ms).unwrap_or(i32::MAX))?;
     }
     Ok(())
 }
 
 /// Whole seconds, rounded up, within what the kernel takes for a keep-alive time.
 fn seconds(duration: Duration) -> i32 {
-    let seconds = duration
-        .as_nanos()
-        .div_ceil(1_000_000_000)
-        .clamp(1, KEEPALIVE_SECONDS_MAX);
+    let seconds = duration.as_nanos().div_ceil(1_000_000_000).clamp(1, KEEPALIVE_SECONDS_MAX);
     i32::try_from(seconds).unwrap_or(i32::MAX)
 }
 
@@ -200,18 +173,11 @@ const KEEPALIVE_SECONDS_MAX: u128 = 32_767;
 impl BindError {
     fn new(addr: SocketAddr, count: usize, attempt: &'static str, error: io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::EADDRINUSE) => Self::InUse {
-                addr,
-                holder: procfs::listener_holders(addr).into_iter().next(),
-            },
+            Some(libc::EADDRINUSE) => Self::InUse { addr, holder: procfs::listener_holders(addr).into_iter().next() },
             Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => Self::NotAvailable { addr },
             Some(libc::EACCES | libc::EPERM) => Self::Permission { addr },
             Some(libc::EMFILE | libc::ENFILE) => Self::TooManyFiles { addr, count },
-            _ => Self::Other {
-                addr,
-                attempt,
-                error,
-            },
+            _ => Self::Other { addr, attempt, error },
         }
     }
 }
@@ -223,10 +189,7 @@ impl fmt::Display for BindError {
                 write!(f, "cannot listen on {addr}: the address is in use by ")?;
                 match holder {
                     Some(holder) => write!(f, "{holder}")?,
-                    None => write!(
-                        f,
-                        "a process that /proc does not show (try `ss -ltnp` as root)"
-                    )?,
+                    None => write!(f, "a process that /proc does not show (try `ss -ltnp` as root)")?,
                 }
                 f.write_str("; stop it, choose another port, or allow the port to be shared")
             }
@@ -234,11 +197,7 @@ impl fmt::Display for BindError {
                 f,
                 "cannot listen on {addr}: no network interface of this machine has this address{}; \
                  `ip address` lists those it has",
-                if addr.is_ipv6() {
-                    ", or IPv6 is switched off"
-                } else {
-                    ""
-                }
+                if addr.is_ipv6() { ", or IPv6 is switched off" } else { "" }
             ),
             Self::Permission { addr } => write!(
                 f,
@@ -252,11 +211,7 @@ impl fmt::Display for BindError {
                 "cannot open {count} listeners on {addr}: too many open files; raise the limit \
                  (`ulimit -n`, with systemd `LimitNOFILE=`) or use fewer executors"
             ),
-            Self::Other {
-                addr,
-                attempt,
-                error,
-            } => write!(f, "cannot listen on {addr}: failed {attempt}: {error}"),
+            Self::Other { addr, attempt, error } => write!(f, "cannot listen on {addr}: failed {attempt}: {error}"),
         }
     }
 }
@@ -288,15 +243,7 @@ mod tests {
         let mut value = 0_i32;
         let mut length = 4;
         // SAFETY: `value` is live and `length` its size.
-        let result = unsafe {
-            libc::getsockopt(
-                fd.as_raw_fd(),
-                level,
-                name,
-                (&raw mut value).cast(),
-                &raw mut length,
-            )
-        };
+        let result = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut length) };
         assert_eq!(result, 0);
         value
     }
@@ -304,10 +251,7 @@ mod tests {
     #[test]
     fn port_zero_gives_every_member_the_same_free_port() {
         let group = bind_group(loopback(), 4, &ListenOptions::default()).unwrap();
-        let ports: Vec<_> = group
-            .iter()
-            .map(|fd| socket::local_addr(fd.as_fd()).unwrap().port())
-            .collect();
+        let ports: Vec<_> = group.iter().map(|fd| socket::local_addr(fd.as_fd()).unwrap().port()).collect();
         assert_ne!(ports[0], 0);
         assert!(ports.iter().all(|port| *port == ports[0]));
     }
@@ -317,12 +261,7 @@ mod tests {
         let group = bind_group(loopback(), 5, &ListenOptions::default()).unwrap();
         let addr = socket::local_addr(group[0].as_fd()).unwrap();
         for index in [3, 0, 4, 1, 2] {
-            let program = [libc::sock_filter {
-                code: (libc::BPF_RET | libc::BPF_K) as u16,
-                jt: 0,
-                jf: 0,
-                k: index,
-            }];
+            let program = [libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: index }];
             socket::attach_reuseport_cbpf(group[0].as_fd(), &program).unwrap();
             let _client = TcpStream::connect(addr).unwrap();
             let fds: Vec<_> = group.iter().map(AsFd::as_fd).collect();
@@ -349,10 +288,7 @@ mod tests {
         assert_eq!(tcp(libc::TCP_KEEPINTVL), 7);
         assert_eq!(tcp(libc::TCP_KEEPCNT), 4);
         assert_eq!(tcp(libc::TCP_USER_TIMEOUT), 12_345);
-        assert_eq!(
-            option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE),
-            1
-        );
+        assert_eq!(option(socket.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE), 1);
     }
 
     #[test]
@@ -361,11 +297,7 @@ mod tests {
             let group = bind_group(loopback(), count, &ListenOptions::default()).unwrap();
             let addr = socket::local_addr(group[0].as_fd()).unwrap();
             let error = bind_group(addr, 2, &ListenOptions::default()).unwrap_err();
-            let BindError::InUse {
-                addr: reported,
-                holder: Some(holder),
-            } = &error
-            else {
+            let BindError::InUse { addr: reported, holder: Some(holder) } = &error else {
                 panic!("{error:?}");
             };
             assert_eq!(*reported, addr);
@@ -378,10 +310,7 @@ mod tests {
     fn a_listener_that_shares_its_port_does_not_make_us_share_it() {
         let group = bind_group(loopback(), 1, &ListenOptions::default()).unwrap();
         let addr = socket::local_addr(group[0].as_fd()).unwrap();
-        let shared = ListenOptions {
-            share_port: true,
-            ..ListenOptions::default()
-        };
+        let shared = ListenOptions { share_port: true, ..ListenOptions::default() };
         // Sharing is asked of the newcomer only; the kernel lets a member of the same user in.
         let second = bind_group(addr, 2, &shared).unwrap();
         assert_eq!(socket::local_addr(second[1].as_fd()).unwrap(), addr);
@@ -395,10 +324,7 @@ mod tests {
         let other = TcpListener::bind("0.0.0.0:0").unwrap();
         let port = other.local_addr().unwrap().port();
         for share_port in [false, true] {
-            let options = ListenOptions {
-                share_port,
-                ..ListenOptions::default()
-            };
+            let options = ListenOptions { share_port, ..ListenOptions::default() };
             let addr = SocketAddr::from(([127, 0, 0, 1], port));
             let error = bind_group(addr, 1, &options).unwrap_err();
             let BindError::InUse { holder, .. } = error else {
@@ -437,10 +363,7 @@ mod tests {
     #[test]
     fn ipv6_listens_alone_or_with_ipv4_as_asked() {
         for v6_only in [true, false] {
-            let options = ListenOptions {
-                v6_only,
-                ..ListenOptions::default()
-            };
+            let options = ListenOptions { v6_only, ..ListenOptions::default() };
             let group = match bind_group("[::]:0".parse().unwrap(), 2, &options) {
                 Ok(group) => group,
                 Err(BindError::NotAvailable { .. }) => {
@@ -467,8 +390,7 @@ mod tests {
     #[test]
     fn every_failure_says_what_to_do() {
         let addr: SocketAddr = "127.0.0.1:80".parse().unwrap();
-        let of =
-            |errno| BindError::new(addr, 3, BIND, io::Error::from_raw_os_error(errno)).to_string();
+        let of = |errno| BindError::new(addr, 3, BIND, io::Error::from_raw_os_error(errno)).to_string();
         assert!(of(libc::EACCES).contains("CAP_NET_BIND_SERVICE"));
         assert!(of(libc::EACCES).contains("systemd"));
         assert!(of(libc::EMFILE).contains("3 listeners on 127.0.0.1:80"));

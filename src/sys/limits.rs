@@ -17,21 +17,14 @@ pub struct Nofile {
 /// The limit on open descriptors as it is.
 pub fn nofile() -> io::Result<Nofile> {
     let (soft, hard) = get(libc::RLIMIT_NOFILE)?;
-    Ok(Nofile {
-        soft,
-        hard,
-        was: soft,
-    })
+    Ok(Nofile { soft, hard, was: soft })
 }
 
 /// Raises the soft limit on open descriptors to the hard one, for the whole process.
 pub fn raise_nofile() -> io::Result<Nofile> {
     let before = nofile()?;
     set_soft(libc::RLIMIT_NOFILE, before.hard, before.hard)?;
-    Ok(Nofile {
-        was: before.soft,
-        ..nofile()?
-    })
+    Ok(Nofile { was: before.soft, ..nofile()? })
 }
 
 /// Locked memory allowed, soft and hard, in bytes. `(0, 0)` if the system does not say.
@@ -48,11 +41,7 @@ pub fn raise_memlock() -> io::Result<(u64, u64)> {
 
 /// The longest queue the kernel grants a listener (`net.core.somaxconn` of this network namespace).
 pub fn somaxconn() -> Option<u32> {
-    fs::read_to_string("/proc/sys/net/core/somaxconn")
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
+    fs::read_to_string("/proc/sys/net/core/somaxconn").ok()?.trim().parse().ok()
 }
 
 /// C libraries differ in the type of the constants; this is glibc's or musl's.
@@ -62,10 +51,7 @@ type Resource = libc::__rlimit_resource_t;
 type Resource = libc::c_int;
 
 fn get(resource: Resource) -> io::Result<(u64, u64)> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is live, exclusively borrowed memory of the right type.
     if unsafe { libc::getrlimit(resource, &raw mut limit) } != 0 {
         return Err(io::Error::last_os_error());
@@ -74,10 +60,7 @@ fn get(resource: Resource) -> io::Result<(u64, u64)> {
 }
 
 fn set_soft(resource: Resource, soft: u64, hard: u64) -> io::Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: hard,
-    };
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     // SAFETY: `limit` is live and only read.
     if unsafe { libc::setrlimit(resource, &raw const limit) } != 0 {
         return Err(io::Error::last_os_error());

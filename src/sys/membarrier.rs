@@ -8,14 +8,8 @@
 /// one thread it is immediate. A refusal is no error: glommio has a way without.
 pub fn register() {
     // SAFETY: takes no memory.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_membarrier,
-            MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED,
-            0_u32,
-            0_i32,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0_u32, 0_i32) };
     if result < 0 {
         let error = std::io::Error::last_os_error();
         tracing::debug!(%error, "membarrier is not available; executors sleep the slower way");

@@ -11,6 +11,7 @@ pub mod cpu_clock;
 pub mod eventfd;
 pub mod limits;
 pub mod membarrier;
+pub mod memory;
 #[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog and rescue of the supervision to come"))]
 pub mod poll;
 pub mod probe;

@@ -9,25 +9,12 @@ use std::time::Duration;
 /// Waits until at least one descriptor is readable, hung up or in error; positions of those that
 /// are, in order. Empty after `timeout` (`None`: no limit; rounded up to milliseconds) or a signal.
 pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<usize>> {
-    let mut entries: Vec<_> = fds
-        .iter()
-        .map(|fd| libc::pollfd {
-            fd: fd.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        })
-        .collect();
-    let timeout_ms = timeout.map_or(-1, |timeout| {
-        i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
-    });
+    let mut entries: Vec<_> =
+        fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect();
+    let timeout_ms =
+        timeout.map_or(-1, |timeout| i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX));
     // SAFETY: the pointer and count are those of a live, exclusively owned vector.
-    let ready = unsafe {
-        libc::poll(
-            entries.as_mut_ptr(),
-            entries.len() as libc::nfds_t,
-            timeout_ms,
-        )
-    };
+    let ready = unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, timeout_ms) };
     if ready < 0 {
         let error = io::Error::last_os_error();
         return match error.kind() {
@@ -35,12 +22,7 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::R
             _ => Err(error),
         };
     }
-    Ok(entries
-        .iter()
-        .enumerate()
-        .filter(|(_, entry)| entry.revents != 0)
-        .map(|(position, _)| position)
-        .collect())
+    Ok(entries.iter().enumerate().filter(|(_, entry)| entry.revents != 0).map(|(position, _)| position).collect())
 }
 
 #[cfg(test)]

@@ -50,11 +50,7 @@ pub enum RingUnavailable {
     /// An operation that is required is not known to the kernel.
     MissingOperation { name: &'static str, release: String },
     /// Anything else, with the step that failed.
-    Other {
-        step: &'static str,
-        release: String,
-        error: io::Error,
-    },
+    Other { step: &'static str, release: String, error: io::Error },
 }
 
 /// Tries all that the runtime needs: a few system calls, about a millisecond.
@@ -63,10 +59,7 @@ pub fn io_uring() -> Result<RingFeatures, RingUnavailable> {
     let (soft, hard) = surroundings.memlock;
     let features = try_all(&surroundings.release).map_err(|failure| match failure {
         Failure::Step(step, error) => surroundings.explain(step, error),
-        Failure::Operation(name) => RingUnavailable::MissingOperation {
-            name,
-            release: surroundings.release.clone(),
-        },
+        Failure::Operation(name) => RingUnavailable::MissingOperation { name, release: surroundings.release.clone() },
     })?;
     // Last, since whatever is wrong above is the more fundamental.
     if soft < GLOMMIO_MEMLOCK_MIN {
@@ -94,11 +87,7 @@ fn try_all(release: &str) -> Result<RingFeatures, Failure> {
     let step = |name| move |error| Failure::Step(name, error);
     // glommio's two kinds of rings. Tried first: plain set-up is what a ban or an old kernel refuses.
     IoUring::new(ENTRIES).map_err(step(SET_UP))?;
-    IoUring::builder()
-        .setup_iopoll()
-        .build(ENTRIES)
-        .map(|_: IoUring| ())
-        .map_err(step(SET_UP_POLLED))?;
+    IoUring::builder().setup_iopoll().build(ENTRIES).map(|_: IoUring| ()).map_err(step(SET_UP_POLLED))?;
 
     let mut ring: IoUring = IoUring::builder()
         .setup_single_issuer()
@@ -107,9 +96,7 @@ fn try_all(release: &str) -> Result<RingFeatures, Failure> {
         .build(ENTRIES)
         .map_err(step(SET_UP_DEFERRED))?;
     let mut probe = Probe::new();
-    ring.submitter()
-        .register_probe(&mut probe)
-        .map_err(step(PROBE))?;
+    ring.submitter().register_probe(&mut probe).map_err(step(PROBE))?;
     for (code, name) in OPERATIONS {
         if !probe.is_supported(*code) {
             return Err(Failure::Operation(name));
@@ -165,15 +152,8 @@ fn try_multishot_receive(ring: &mut IoUring) -> Result<(), Failure> {
     // SAFETY: the page is aligned for any page size and large enough for its entries. From here on
     // there is one way out of this function, which unregisters the page before it is freed or never
     // frees it.
-    unsafe {
-        ring.submitter().register_buf_ring_with_flags(
-            page.memory.as_ptr() as u64,
-            Page::BUFFERS,
-            GROUP,
-            0,
-        )
-    }
-    .map_err(|error| Failure::Step(BUFFERS, error))?;
+    unsafe { ring.submitter().register_buf_ring_with_flags(page.memory.as_ptr() as u64, Page::BUFFERS, GROUP, 0) }
+        .map_err(|error| Failure::Step(BUFFERS, error))?;
 
     let receive = opcode::RecvMulti::new(Fd(theirs.as_raw_fd()), GROUP).build();
     // SAFETY: the kernel holds the socket's file for as long as the operation runs, and the buffers it
@@ -226,9 +206,7 @@ fn next_completion(ring: &mut IoUring) -> io::Result<(i32, u32)> {
 }
 
 fn unexpected((result, flags): (i32, u32)) -> io::Error {
-    io::Error::other(format!(
-        "the kernel completed with {result} and flags {flags:#x}"
-    ))
+    io::Error::other(format!("the kernel completed with {result} and flags {flags:#x}"))
 }
 
 /// The buffer group that is tried.
@@ -307,18 +285,12 @@ impl Surroundings {
         let release = self.release.clone();
         let (soft, hard) = self.memlock;
         match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => RingUnavailable::Forbidden {
-                sysctl: self.disabled,
-            },
+            Some(libc::EPERM | libc::EACCES) => RingUnavailable::Forbidden { sysctl: self.disabled },
             Some(libc::ENOSYS) => RingUnavailable::Missing { release },
             Some(libc::EINVAL) => RingUnavailable::TooOld { release, step },
             Some(libc::ENOMEM) => RingUnavailable::NoMemory { soft, hard },
             Some(libc::EMFILE | libc::ENFILE) => RingUnavailable::TooManyFiles,
-            _ => RingUnavailable::Other {
-                step,
-                release,
-                error,
-            },
+            _ => RingUnavailable::Other { step, release, error },
         }
     }
 }
@@ -326,17 +298,11 @@ impl Surroundings {
 impl fmt::Display for RingUnavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Forbidden {
-                sysctl: Some(value @ 1..),
-            } => write!(
+            Self::Forbidden { sysctl: Some(value @ 1..) } => write!(
                 f,
                 "io_uring is switched off by the administrator (sysctl kernel.io_uring_disabled = \
                  {value}); set it to 0{}",
-                if *value == 1 {
-                    ", or add this process's group to kernel.io_uring_group"
-                } else {
-                    ""
-                }
+                if *value == 1 { ", or add this process's group to kernel.io_uring_group" } else { "" }
             ),
             Self::Forbidden { .. } => f.write_str(
                 "io_uring is forbidden to this process, by a seccomp profile or security module: \
@@ -349,10 +315,9 @@ impl fmt::Display for RingUnavailable {
                 "the kernel ({release}) has no io_uring; use Linux 6.1 or later with \
                  CONFIG_IO_URING, and no sandbox that lacks it (gVisor, WSL 1)"
             ),
-            Self::TooOld { release, step } => write!(
-                f,
-                "the kernel ({release}) is too old: it refused {step}; Linux 6.1 or later is needed"
-            ),
+            Self::TooOld { release, step } => {
+                write!(f, "the kernel ({release}) is too old: it refused {step}; Linux 6.1 or later is needed")
+            }
             Self::NoMemory { soft, hard } => write!(
                 f,
                 "no memory for an io_uring ring; locked memory is limited to {} (hard limit {}): \
@@ -378,11 +343,7 @@ impl fmt::Display for RingUnavailable {
                 "the kernel ({release}) does not know the io_uring operation {name}; Linux 6.1 or \
                  later is needed"
             ),
-            Self::Other {
-                step,
-                release,
-                error,
-            } => write!(f, "io_uring failed {step} (kernel {release}): {error}"),
+            Self::Other { step, release, error } => write!(f, "io_uring failed {step} (kernel {release}): {error}"),
         }
     }
 }
@@ -413,13 +374,9 @@ mod tests {
     use super::*;
 
     fn message(disabled: Option<u32>, errno: i32) -> String {
-        Surroundings {
-            release: "5.15.0-test".to_owned(),
-            disabled,
-            memlock: (65_536, libc::RLIM_INFINITY),
-        }
-        .explain(SET_UP_DEFERRED, io::Error::from_raw_os_error(errno))
-        .to_string()
+        Surroundings { release: "5.15.0-test".to_owned(), disabled, memlock: (65_536, libc::RLIM_INFINITY) }
+            .explain(SET_UP_DEFERRED, io::Error::from_raw_os_error(errno))
+            .to_string()
     }
 
     #[test]
@@ -457,15 +414,9 @@ mod tests {
 
     #[test]
     fn a_missing_operation_and_a_low_limit_are_explained() {
-        let error = RingUnavailable::MissingOperation {
-            name: "RECV",
-            release: "5.5.0".to_owned(),
-        };
+        let error = RingUnavailable::MissingOperation { name: "RECV", release: "5.5.0".to_owned() };
         assert!(error.to_string().contains("RECV"));
-        let error = RingUnavailable::MemlockTooLow {
-            soft: 65_536,
-            hard: 65_536,
-        };
+        let error = RingUnavailable::MemlockTooLow { soft: 65_536, hard: 65_536 };
         assert!(error.to_string().contains("512 KiB are needed"));
     }
 }

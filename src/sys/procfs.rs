@@ -39,10 +39,7 @@ pub fn listener_holders(addr: SocketAddr) -> Vec<Holder> {
     }
     let mut holders: Vec<_> = numbered("/proc")
         .filter(|pid| holds_any(*pid, &inodes))
-        .map(|pid| Holder {
-            pid,
-            command: command(pid),
-        })
+        .map(|pid| Holder { pid, command: command(pid) })
         .collect();
     holders.sort_by_key(|holder| holder.pid);
     holders
@@ -144,10 +141,7 @@ fn command(pid: u32) -> String {
 
 /// The entries of a directory that are numbers.
 fn numbered(directory: impl AsRef<Path>) -> impl Iterator<Item = u32> {
-    fs::read_dir(directory)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+    fs::read_dir(directory).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
 #[cfg(test)]
@@ -192,7 +186,8 @@ mod tests {
 
     #[test]
     fn strange_lines_in_the_table_are_passed_over() {
-        let good = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1\n";
+        let good =
+            "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1\n";
         let table = format!("header\nnonsense\n{good}{}", good.replace(" 0A ", " 01 "));
         let addr = "127.0.0.1:8080".parse().unwrap();
         if cfg!(target_endian = "little") {

@@ -42,9 +42,7 @@ pub fn classify_accept(error: &io::Error) -> AcceptFailure {
             | libc::EPERM
             | libc::EINTR,
         ) => AcceptFailure::Connection,
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-            AcceptFailure::Resources
-        }
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => AcceptFailure::Resources,
         _ => AcceptFailure::Fatal,
     }
 }
@@ -73,13 +71,7 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
 pub fn local_addr(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     let mut storage = Storage::empty();
     // SAFETY: `storage` owns the memory and `length` is its size, so the kernel writes within it.
-    check(unsafe {
-        libc::getsockname(
-            fd.as_raw_fd(),
-            storage.as_mut_ptr(),
-            &raw mut storage.length,
-        )
-    })?;
+    check(unsafe { libc::getsockname(fd.as_raw_fd(), storage.as_mut_ptr(), &raw mut storage.length) })?;
     storage.to_address()
 }
 
@@ -87,12 +79,7 @@ pub fn local_addr(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
 pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: pointer and length are those of a live slice, which the kernel only reads.
     let sent = retry(|| unsafe {
-        libc::send(
-            fd.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-        )
+        libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
     })?;
     Ok(sent as usize)
 }
@@ -101,14 +88,8 @@ pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
 #[cfg(test)]
 pub fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the buffer is live, exclusively borrowed, and the kernel writes at most its length.
-    let received = retry(|| unsafe {
-        libc::recv(
-            fd.as_raw_fd(),
-            buffer.as_mut_ptr().cast(),
-            buffer.len(),
-            libc::MSG_DONTWAIT,
-        )
-    })?;
+    let received =
+        retry(|| unsafe { libc::recv(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) })?;
     Ok(received as usize)
 }
 
@@ -149,10 +130,7 @@ pub fn queue_depth(listener: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     })?;
     if u32::from(info.tcpi_state) != TCP_LISTEN {
         // For a connection the same fields count unacknowledged segments.
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "queue depth asked of a socket that does not listen",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "queue depth asked of a socket that does not listen"));
     }
     Ok((info.tcpi_unacked, info.tcpi_sacked))
 }
@@ -162,16 +140,9 @@ pub fn queue_depth(listener: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
 ///
 /// `EINVAL`: the listener is in no group, or the program is malformed. `ENOMEM`: the program is
 /// larger than `net.core.optmem_max`.
-pub fn attach_reuseport_cbpf(
-    listener: BorrowedFd<'_>,
-    program: &[libc::sock_filter],
-) -> io::Result<()> {
-    let length = u16::try_from(program.len()).map_err(|_| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a BPF program has at most 65,535 instructions",
-        )
-    })?;
+pub fn attach_reuseport_cbpf(listener: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    let length = u16::try_from(program.len())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a BPF program has at most 65,535 instructions"))?;
     let argument = libc::sock_fprog {
         len: length,
         // The kernel copies the instructions in and never writes to them.
@@ -191,12 +162,7 @@ pub fn attach_reuseport_cbpf(
 }
 
 /// Sets an option whose value is a C int.
-pub(super) fn set_option(
-    fd: BorrowedFd<'_>,
-    level: i32,
-    name: i32,
-    value: libc::c_int,
-) -> io::Result<()> {
+pub(super) fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: libc::c_int) -> io::Result<()> {
     // SAFETY: `value` is live and its size is given; the kernel only reads it.
     check(unsafe {
         libc::setsockopt(
@@ -211,11 +177,7 @@ pub(super) fn set_option(
 
 /// Opens a stream socket, non-blocking and close-on-exec, for the family of `addr`.
 pub(super) fn stream_socket(addr: SocketAddr) -> io::Result<OwnedFd> {
-    let family = if addr.is_ipv6() {
-        libc::AF_INET6
-    } else {
-        libc::AF_INET
-    };
+    let family = if addr.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
     let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: takes no memory.
     let fd = unsafe { libc::socket(family, kind, 0) };
@@ -273,9 +235,7 @@ impl Storage {
                 let raw = libc::sockaddr_in {
                     sin_family: libc::AF_INET as libc::sa_family_t,
                     sin_port: addr.port().to_be(),
-                    sin_addr: libc::in_addr {
-                        s_addr: u32::from_ne_bytes(addr.ip().octets()),
-                    },
+                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(addr.ip().octets()) },
                     sin_zero: [0; 8],
                 };
                 storage.length = mem::size_of_val(&raw) as libc::socklen_t;
@@ -287,9 +247,7 @@ impl Storage {
                     sin6_family: libc::AF_INET6 as libc::sa_family_t,
                     sin6_port: addr.port().to_be(),
                     sin6_flowinfo: addr.flowinfo(),
-                    sin6_addr: libc::in6_addr {
-                        s6_addr: addr.ip().octets(),
-                    },
+                    sin6_addr: libc::in6_addr { s6_addr: addr.ip().octets() },
                     sin6_scope_id: addr.scope_id(),
                 };
                 storage.length = mem::size_of_val(&raw) as libc::socklen_t;
@@ -348,8 +306,8 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<isize> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
     use crate::sys::bind::{ListenOptions, bind_group};
+    use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsFd;
     use std::time::Duration;
@@ -370,12 +328,7 @@ mod tests {
     fn accept_failures_are_sorted_by_what_to_do() {
         let of = |errno| classify_accept(&io::Error::from_raw_os_error(errno));
         assert_eq!(of(libc::EAGAIN), AcceptFailure::Empty);
-        for errno in [
-            libc::ECONNABORTED,
-            libc::EPROTO,
-            libc::ENETDOWN,
-            libc::EPERM,
-        ] {
+        for errno in [libc::ECONNABORTED, libc::EPROTO, libc::ENETDOWN, libc::EPERM] {
             assert_eq!(of(errno), AcceptFailure::Connection);
         }
         for errno in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM] {
@@ -384,10 +337,7 @@ mod tests {
         for errno in [libc::EBADF, libc::EINVAL, libc::ENOTSOCK, libc::EFAULT] {
             assert_eq!(of(errno), AcceptFailure::Fatal);
         }
-        assert_eq!(
-            classify_accept(&io::Error::other("not from the system")),
-            AcceptFailure::Fatal
-        );
+        assert_eq!(classify_accept(&io::Error::other("not from the system")), AcceptFailure::Fatal);
     }
 
     #[test]
@@ -399,12 +349,8 @@ mod tests {
 
         let (_client, server) = pair();
         // SAFETY: takes no memory.
-        let (status, descriptor) = unsafe {
-            (
-                libc::fcntl(server.as_raw_fd(), libc::F_GETFL),
-                libc::fcntl(server.as_raw_fd(), libc::F_GETFD),
-            )
-        };
+        let (status, descriptor) =
+            unsafe { (libc::fcntl(server.as_raw_fd(), libc::F_GETFL), libc::fcntl(server.as_raw_fd(), libc::F_GETFD)) };
         assert_ne!(status & libc::O_NONBLOCK, 0);
         assert_ne!(descriptor & libc::FD_CLOEXEC, 0);
     }
@@ -461,18 +407,13 @@ mod tests {
     fn a_full_send_buffer_would_block() {
         let (_client, server) = pair();
         let bytes = vec![0; 1 << 20];
-        let error = (0..1024)
-            .find_map(|_| send(server.as_fd(), &bytes).err())
-            .unwrap();
+        let error = (0..1024).find_map(|_| send(server.as_fd(), &bytes).err()).unwrap();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]
     fn queue_depth_counts_what_nobody_has_accepted() {
-        let options = ListenOptions {
-            backlog: 7,
-            ..ListenOptions::default()
-        };
+        let options = ListenOptions { backlog: 7, ..ListenOptions::default() };
         let group = bind_group("127.0.0.1:0".parse().unwrap(), 1, &options).unwrap();
         let listener = group[0].as_fd();
         assert_eq!(queue_depth(listener).unwrap(), (0, 7));
@@ -494,12 +435,7 @@ mod tests {
 
     #[test]
     fn addresses_survive_the_way_to_the_kernel_form_and_back() {
-        for text in [
-            "127.0.0.1:80",
-            "255.1.2.3:65535",
-            "[::1]:443",
-            "[fe80::1%7]:1",
-        ] {
+        for text in ["127.0.0.1:80", "255.1.2.3:65535", "[::1]:443", "[fe80::1%7]:1"] {
             let addr: SocketAddr = text.parse().unwrap();
             assert_eq!(Storage::from_address(addr).to_address().unwrap(), addr);
         }

@@ -41,7 +41,7 @@ fn a_connection_that_hibernates_answers_its_next_request() {
     let mut client = site.connect();
     for round in 0..5 {
         let body = format!("round {round}");
-        client.send(&format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
+        client.send(format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
         assert_eq!(client.answer().body, body.as_bytes());
         // No event tells of hibernation: this is more than its time, and the next round works either way.
         std::thread::sleep(Duration::from_millis(60));

@@ -20,16 +20,14 @@ where
         let (options, executor) = (options.clone(), executor.clone());
         let cpu = options.cpus.of_executor(index);
         let serve = move || pin_to(cpu).and_then(|()| executor(&options, cpu));
-        let spawned = thread::Builder::new()
-            .name(format!("executor-{index}"))
-            .spawn(move || {
-                // Nothing is used after the panic but the exit, so no broken state can be seen.
-                match panic::catch_unwind(AssertUnwindSafe(serve)) {
-                    Ok(Ok(())) => fail("an executor returned"),
-                    Ok(Err(error)) => fail(&error.to_string()),
-                    Err(_) => fail("an executor panicked"),
-                }
-            });
+        let spawned = thread::Builder::new().name(format!("executor-{index}")).spawn(move || {
+            // Nothing is used after the panic but the exit, so no broken state can be seen.
+            match panic::catch_unwind(AssertUnwindSafe(serve)) {
+                Ok(Ok(())) => fail("an executor returned"),
+                Ok(Err(error)) => fail(&error.to_string()),
+                Err(_) => fail("an executor panicked"),
+            }
+        });
         if let Err(error) = spawned {
             fail(&format!("start executor {index}: {error}"));
         }

@@ -19,16 +19,10 @@ pub const CONTENT_TYPE: &str = "text/plain; charset=utf-8";
 /// None.
 pub async fn answer<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Infallible> {
     let known = request.method() == Method::GET && request.uri().path() == "/";
-    let (status, body) = if known {
-        (StatusCode::OK, BODY)
-    } else {
-        (StatusCode::NOT_FOUND, "Not Found\n")
-    };
+    let (status, body) = if known { (StatusCode::OK, BODY) } else { (StatusCode::NOT_FOUND, "Not Found\n") };
     let mut response = Response::new(Full::new(Bytes::from_static(body.as_bytes())));
     *response.status_mut() = status;
     let content_type = HeaderValue::from_static(CONTENT_TYPE);
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE_NAME, content_type);
+    response.headers_mut().insert(CONTENT_TYPE_NAME, content_type);
     Ok(response)
 }

@@ -22,8 +22,7 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_socket_reuseport(&socket, true)?;
-    bind(&socket, &address)
-        .map_err(|error| io::Error::new(error.kind(), format!("bind {address}: {error}")))?;
+    bind(&socket, &address).map_err(|error| io::Error::new(error.kind(), format!("bind {address}: {error}")))?;
     start(&socket, BACKLOG)?;
     Ok(socket.into())
 }

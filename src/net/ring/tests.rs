@@ -98,10 +98,10 @@ fn set_socket_option<T>(fd: impl AsFd, name: i32, value: T) {
     assert_eq!(done, 0, "setsockopt {name}: {}", io::Error::last_os_error());
 }
 
-/// Small kernel buffers, so that both directions are full soon.
+/// A small send buffer, so that it is full soon. The receive buffer stays: one smaller than loopback's segments (64 KiB)
+/// makes TCP drop them and wait for its retransmit timer, longer each time.
 pub(crate) fn shrink(fd: impl AsFd, bytes: i32) {
     set_socket_option(&fd, libc::SO_SNDBUF, bytes);
-    set_socket_option(&fd, libc::SO_RCVBUF, bytes);
 }
 
 /// Closes with a RST instead of a FIN.

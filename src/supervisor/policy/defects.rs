@@ -34,12 +34,7 @@ pub(super) enum Defect {
 const NEVER: Duration = Duration::from_secs(1_000_000_000);
 
 /// One step of a policy that has the defect.
-pub(super) fn step(
-    policy: &mut Policy,
-    defect: Option<Defect>,
-    event: Event,
-    now: Instant,
-) -> Vec<Action> {
+pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, now: Instant) -> Vec<Action> {
     let Some(defect) = defect else {
         return policy.step(event, now);
     };
@@ -50,11 +45,7 @@ pub(super) fn step(
     {
         return Vec::new();
     }
-    let event = if defect == Defect::BelieveStale {
-        believe(policy, event)
-    } else {
-        event
-    };
+    let event = if defect == Defect::BelieveStale { believe(policy, event) } else { event };
     let mut actions = policy.step(event, now);
     spoil_actions(policy, defect, event, &mut actions, now);
     for slot in &mut policy.slots {
@@ -63,10 +54,7 @@ pub(super) fn step(
             slot.recent.clear();
         }
     }
-    if let Phase::Stopping {
-        drain_until: Some(until),
-        ..
-    } = &mut policy.phase
+    if let Phase::Stopping { drain_until: Some(until), .. } = &mut policy.phase
         && defect == Defect::EndlessDrain
     {
         *until = later(now, NEVER);
@@ -86,22 +74,10 @@ fn spoil_before(policy: &mut Policy, defect: Defect, now: Instant) {
 }
 
 fn believe(policy: &Policy, event: Event) -> Event {
-    let latest = |slot: u16| {
-        policy
-            .slots
-            .get(usize::from(slot))
-            .map_or(0, |s| s.generation)
-    };
+    let latest = |slot: u16| policy.slots.get(usize::from(slot)).map_or(0, |s| s.generation);
     match event {
-        Event::Ready { slot, .. } => Event::Ready {
-            slot,
-            generation: latest(slot),
-        },
-        Event::Ended { slot, how, .. } => Event::Ended {
-            slot,
-            generation: latest(slot),
-            how,
-        },
+        Event::Ready { slot, .. } => Event::Ready { slot, generation: latest(slot) },
+        Event::Ended { slot, how, .. } => Event::Ended { slot, generation: latest(slot), how },
         other => other,
     }
 }
@@ -110,33 +86,21 @@ fn spoil_state(defect: Defect, state: &mut State, now: Instant) {
     match (defect, state) {
         (Defect::SkipBackoff, State::Backoff { until }) => *until = now,
         (Defect::ForgetSlotAfterCrash, State::Backoff { until }) => *until = later(now, NEVER),
-        (Defect::EndlessStopGrace, State::Stopping(limit))
-        | (Defect::EndlessStart, State::Starting(limit)) => limit.at = later(now, NEVER),
+        (Defect::EndlessStopGrace, State::Stopping(limit)) | (Defect::EndlessStart, State::Starting(limit)) => {
+            limit.at = later(now, NEVER)
+        }
         _ => {}
     }
 }
 
-fn spoil_actions(
-    policy: &mut Policy,
-    defect: Defect,
-    event: Event,
-    actions: &mut Vec<Action>,
-    now: Instant,
-) {
+fn spoil_actions(policy: &mut Policy, defect: Defect, event: Event, actions: &mut Vec<Action>, now: Instant) {
     let mut begin = |index: u16| {
         policy.begin(usize::from(index), now);
         std::mem::take(&mut policy.actions)
     };
     match (defect, event) {
         (Defect::TwoGenerations, Event::Ready { slot: 0, .. })
-        | (
-            Defect::StartAfterStop,
-            Event::Ended {
-                slot: 0,
-                how: End::Drained,
-                ..
-            },
-        ) => {
+        | (Defect::StartAfterStop, Event::Ended { slot: 0, how: End::Drained, .. }) => {
             actions.extend(begin(0));
         }
         (Defect::StartQuarantined, _) => {
@@ -168,14 +132,7 @@ fn spoil_actions(
             *generation += *generation / 2;
             true
         }
-        (
-            Defect::ReuseDeadThread,
-            Action::StartGeneration {
-                generation,
-                fresh_thread,
-                ..
-            },
-        ) => {
+        (Defect::ReuseDeadThread, Action::StartGeneration { generation, fresh_thread, .. }) => {
             *fresh_thread &= *generation == 1;
             true
         }

@@ -13,11 +13,7 @@ pub enum Event {
     /// A generation accepts connections.
     Ready { slot: u16, generation: u32 },
     /// A generation is over, its connections are closed; its thread lives and waits for the next.
-    Ended {
-        slot: u16,
-        generation: u32,
-        how: End,
-    },
+    Ended { slot: u16, generation: u32, how: End },
     /// An executor's thread has ended, with whatever generation it had. `thread` is the number from
     /// [`Action::StartGeneration`].
     ThreadDied { slot: u16, thread: u32 },
@@ -87,12 +83,7 @@ impl Failure {
 pub enum Action {
     /// Start this generation, on a new thread or on the one the slot has. Threads are numbered within
     /// their slot, from 1, as generations are.
-    StartGeneration {
-        slot: u16,
-        generation: u32,
-        thread: u32,
-        fresh_thread: bool,
-    },
+    StartGeneration { slot: u16, generation: u32, thread: u32, fresh_thread: bool },
     /// Tell the generation to finish what is running. The policy keeps the deadline; the executor may
     /// use it to pace itself.
     Drain { slot: u16, deadline: Instant },
@@ -152,17 +143,9 @@ pub enum NotReady {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It was asked to stop, and did. `failed` counts generations that crashed instead of draining.
-    Stopped {
-        how: Stopped,
-        failed: u16,
-        abandoned: u16,
-    },
+    Stopped { how: Stopped, failed: u16, abandoned: u16 },
     /// The first generation of this slot failed.
-    StartFailed {
-        slot: u16,
-        failure: Failure,
-        abandoned: u16,
-    },
+    StartFailed { slot: u16, failure: Failure, abandoned: u16 },
     /// No slot is left that may be started: an error, so that systemd acts.
     AllQuarantined { abandoned: u16 },
 }

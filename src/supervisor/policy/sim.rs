@@ -71,10 +71,7 @@ fn assert_nothing_was_missed(seen: &BTreeMap<&'static str, u64>) {
         "stop while starting",
     ] {
         let count = seen.get(what).copied().unwrap_or(0);
-        assert!(
-            count >= 10,
-            "{what}: seen in {count} histories only; {seen:?}"
-        );
+        assert!(count >= 10, "{what}: seen in {count} histories only; {seen:?}");
     }
 }
 
@@ -257,11 +254,7 @@ impl World {
 
     fn deliver_post(&mut self) -> Result<(), Broken> {
         loop {
-            let due = self
-                .post
-                .iter()
-                .enumerate()
-                .filter(|(_, (at, _))| *at <= self.now);
+            let due = self.post.iter().enumerate().filter(|(_, (at, _))| *at <= self.now);
             let Some((first, _)) = due.min_by_key(|(_, (at, _))| *at) else {
                 return Ok(());
             };
@@ -300,20 +293,11 @@ impl World {
     /// What the executors make of an action.
     fn act(&mut self, action: &Action) {
         match *action {
-            Action::StartGeneration {
-                slot,
-                generation,
-                thread,
-                ..
-            } => {
+            Action::StartGeneration { slot, generation, thread, .. } => {
                 self.live_a_life(slot, generation, thread);
             }
             Action::Drain { slot, .. } if !self.dice.chance(self.temper.deaf) => {
-                let how = if self.dice.chance(95) {
-                    End::Drained
-                } else {
-                    End::Stopped
-                };
+                let how = if self.dice.chance(95) { End::Drained } else { End::Stopped };
                 self.post_end(slot, how, Duration::from_secs(15));
             }
             Action::StopNow { slot } if !self.dice.chance(self.temper.deaf) => {
@@ -326,14 +310,7 @@ impl World {
     fn post_end(&mut self, slot: u16, how: End, longest: Duration) {
         let generation = self.model.generation(slot);
         let at = self.now + self.dice.up_to(longest);
-        self.post.push((
-            at,
-            Event::Ended {
-                slot,
-                generation,
-                how,
-            },
-        ));
+        self.post.push((at, Event::Ended { slot, generation, how }));
     }
 
     fn live_a_life(&mut self, slot: u16, generation: u32, thread: u32) {
@@ -347,11 +324,7 @@ impl World {
             self.post.push((at, Event::Ready { slot, generation }));
             at += self.dice.up_to(self.temper.life_max);
         }
-        let ended = |how| Event::Ended {
-            slot,
-            generation,
-            how,
-        };
+        let ended = |how| Event::Ended { slot, generation, how };
         if self.dice.chance(self.temper.thread_dies) {
             self.post.push((at, Event::ThreadDied { slot, thread }));
         }
@@ -366,17 +339,12 @@ impl World {
 
     /// After the exit, whatever comes is answered with nothing.
     fn check_silence(&mut self) -> Result<(), Broken> {
-        let rest = std::mem::take(&mut self.post)
-            .into_iter()
-            .map(|(_, event)| event);
+        let rest = std::mem::take(&mut self.post).into_iter().map(|(_, event)| event);
         let again = [Event::Tick, Event::Stop(StopMode::Now), Event::Start];
         for event in rest.chain(again).chain(self.delivered.clone()) {
             let actions = defects::step(&mut self.policy, self.defect, event, self.now);
             if !actions.is_empty() || self.policy.next_deadline().is_some() {
-                return Err(Broken::new(
-                    "one exit",
-                    format!("{event:?} led to {actions:?}"),
-                ));
+                return Err(Broken::new("one exit", format!("{event:?} led to {actions:?}")));
             }
         }
         Ok(())

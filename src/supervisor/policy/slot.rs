@@ -102,12 +102,7 @@ impl Slot {
     }
 
     /// Enters a failure of the live generation, and says what is to become of the slot.
-    pub(super) fn fail(
-        &mut self,
-        policy: &RestartPolicy,
-        random: &mut Random,
-        now: Instant,
-    ) -> Verdict {
+    pub(super) fn fail(&mut self, policy: &RestartPolicy, random: &mut Random, now: Instant) -> Verdict {
         if let State::Ready { since } = self.state
             && now.saturating_duration_since(since) >= policy.healthy_after
         {
@@ -184,10 +179,7 @@ impl State {
 
 impl Limit {
     pub(super) fn new(now: Instant, allowed: Duration) -> Self {
-        Self {
-            at: later(now, allowed),
-            extended: false,
-        }
+        Self { at: later(now, allowed), extended: false }
     }
 
     /// Whether the time is up. Found out much too late, it is granted once more instead: see

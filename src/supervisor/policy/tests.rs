@@ -13,10 +13,7 @@ struct Bench {
 
 impl Bench {
     fn new(slots: u16) -> Self {
-        Self {
-            policy: Policy::new(Config::default(), slots, 1),
-            now: Instant::now(),
-        }
+        Self { policy: Policy::new(Config::default(), slots, 1), now: Instant::now() }
     }
 
     fn started(slots: u16) -> Self {
@@ -48,11 +45,7 @@ impl Bench {
 
     fn ended(&mut self, slot: u16, how: End) -> Vec<Action> {
         let generation = self.generation(slot);
-        self.step(Event::Ended {
-            slot,
-            generation,
-            how,
-        })
+        self.step(Event::Ended { slot, generation, how })
     }
 
     fn drain(&mut self, deadline: Option<Duration>) -> Vec<Action> {
@@ -77,12 +70,7 @@ impl Bench {
 }
 
 fn start_of(slot: u16, generation: u32, thread: u32, fresh_thread: bool) -> Action {
-    Action::StartGeneration {
-        slot,
-        generation,
-        thread,
-        fresh_thread,
-    }
+    Action::StartGeneration { slot, generation, thread, fresh_thread }
 }
 
 #[test]
@@ -91,11 +79,7 @@ fn the_start_is_eager_and_resolves_when_all_are_ready() {
     let first = [start_of(0, 1, 1, true), start_of(1, 1, 1, true)];
     assert_eq!(bench.step(Event::Start), first);
     assert_eq!(bench.ready(1), []);
-    let up = [
-        Action::SetActive(vec![0, 1]),
-        Action::Readiness(Readiness::Ready),
-        Action::Started,
-    ];
+    let up = [Action::SetActive(vec![0, 1]), Action::Readiness(Readiness::Ready), Action::Started];
     assert_eq!(bench.ready(0), up);
     assert_eq!(bench.step(Event::Start), []);
     assert_eq!(bench.wait(), None);
@@ -116,11 +100,7 @@ fn a_failed_first_generation_stops_the_others_and_names_its_slot() {
     ];
     assert_eq!(bench.ended(2, End::StartFailed), down);
     bench.ended(0, End::Stopped);
-    let outcome = Outcome::StartFailed {
-        slot: 2,
-        failure,
-        abandoned: 0,
-    };
+    let outcome = Outcome::StartFailed { slot: 2, failure, abandoned: 0 };
     let over = [Action::Join { slot: 1, thread: 1 }, Action::Exit(outcome)];
     assert_eq!(bench.ended(1, End::Stopped), over);
     assert_eq!(bench.step(Event::Stop(StopMode::Now)), []);
@@ -135,11 +115,7 @@ fn a_start_that_takes_too_long_is_a_failed_start_and_is_left_behind() {
     assert_eq!(bench.tick_after(timeout - MS), []);
     let actions = bench.tick_after(MS);
     assert!(actions.contains(&Action::StopNow { slot: 0 }));
-    let outcome = Outcome::StartFailed {
-        slot: 0,
-        failure: Failure::StartTimedOut,
-        abandoned: 1,
-    };
+    let outcome = Outcome::StartFailed { slot: 0, failure: Failure::StartTimedOut, abandoned: 1 };
     let abandon = Action::Abandon { slot: 0, thread: 1 };
     let over = [abandon, Action::Exit(outcome)];
     assert_eq!(bench.tick_after(STOP_GRACE), over);
@@ -187,11 +163,7 @@ fn a_healthy_generation_starts_the_backoff_over() {
 
 #[test]
 fn the_pause_grows_to_its_maximum_and_no_further() {
-    let config = RestartPolicy {
-        quarantine_after: 0,
-        jitter: 0.0,
-        ..RestartPolicy::default()
-    };
+    let config = RestartPolicy { quarantine_after: 0, jitter: 0.0, ..RestartPolicy::default() };
     let mut bench = Bench::started(1);
     bench.policy.config.restart = config;
     let mut longest = Duration::ZERO;
@@ -215,11 +187,8 @@ fn five_crashes_quarantine_the_slot_and_the_other_goes_on() {
         bench.crash_and_return(0);
     }
     let reason = Quarantine::CrashLoop;
-    let out = [
-        Action::Join { slot: 0, thread: 1 },
-        Action::Quarantined { slot: 0, reason },
-        Action::SetActive(vec![1]),
-    ];
+    let out =
+        [Action::Join { slot: 0, thread: 1 }, Action::Quarantined { slot: 0, reason }, Action::SetActive(vec![1])];
     assert_eq!(bench.ended(0, End::Panicked), out);
     assert_eq!(bench.wait(), None);
     assert_eq!(bench.policy.readiness(), Readiness::Ready);
@@ -244,10 +213,7 @@ fn all_quarantined_is_the_end() {
 fn the_last_table_stands_while_no_slot_is_ready() {
     let mut bench = Bench::started(1);
     let none = Action::Readiness(Readiness::NotReady(NotReady::NoActiveSlot));
-    assert_eq!(
-        bench.ended(0, End::Panicked),
-        [start_of(0, 2, 1, false), none]
-    );
+    assert_eq!(bench.ended(0, End::Panicked), [start_of(0, 2, 1, false), none]);
     assert_eq!(bench.ready(0), [Action::Readiness(Readiness::Ready)]);
 }
 
@@ -259,16 +225,9 @@ fn a_dead_thread_is_joined_and_replaced_and_its_reports_are_stale() {
     let replaced = [Action::Join { slot: 0, thread: 1 }, start_of(0, 2, 2, true)];
     assert_eq!(actions[..2], replaced);
     assert_eq!(bench.step(died), []);
-    let stale = Event::Ended {
-        slot: 0,
-        generation: 1,
-        how: End::Panicked,
-    };
+    let stale = Event::Ended { slot: 0, generation: 1, how: End::Panicked };
     assert_eq!(bench.step(stale), []);
-    let nobody = Event::Ready {
-        slot: 9,
-        generation: 1,
-    };
+    let nobody = Event::Ready { slot: 9, generation: 1 };
     assert_eq!(bench.step(nobody), []);
 }
 
@@ -290,10 +249,7 @@ fn a_restart_that_hangs_quarantines_its_slot_and_its_thread_may_yet_come_back() 
     let stop = [Action::StopNow { slot: 0 }];
     assert_eq!(bench.tick_after(Config::default().start_timeout), stop);
     let reason = Quarantine::Stuck;
-    let stuck = [
-        Action::Abandon { slot: 0, thread: 1 },
-        Action::Quarantined { slot: 0, reason },
-    ];
+    let stuck = [Action::Abandon { slot: 0, thread: 1 }, Action::Quarantined { slot: 0, reason }];
     assert_eq!(bench.tick_after(STOP_GRACE), stuck);
     assert!(bench.policy.slots().next().unwrap().abandoned);
     let join = [Action::Join { slot: 0, thread: 1 }];
@@ -313,15 +269,8 @@ fn a_drain_in_time_says_so() {
     assert_eq!(bench.drain(None), drain);
     assert_eq!(bench.drain(Some(SECOND)), []);
     bench.ended(0, End::Drained);
-    let outcome = Outcome::Stopped {
-        how: Stopped::Drained,
-        failed: 0,
-        abandoned: 0,
-    };
-    assert_eq!(
-        bench.ended(1, End::Drained).last(),
-        Some(&Action::Exit(outcome))
-    );
+    let outcome = Outcome::Stopped { how: Stopped::Drained, failed: 0, abandoned: 0 };
+    assert_eq!(bench.ended(1, End::Drained).last(), Some(&Action::Exit(outcome)));
     assert_eq!(bench.wait(), None);
 }
 
@@ -332,11 +281,7 @@ fn a_drain_is_cut_at_its_deadline_and_a_silent_generation_is_abandoned() {
     bench.ended(0, End::Panicked);
     assert_eq!(bench.tick_after(SECOND), [Action::StopNow { slot: 1 }]);
     assert_eq!(bench.wait(), Some(STOP_GRACE));
-    let outcome = Outcome::Stopped {
-        how: Stopped::DeadlinePassed,
-        failed: 1,
-        abandoned: 1,
-    };
+    let outcome = Outcome::Stopped { how: Stopped::DeadlinePassed, failed: 1, abandoned: 1 };
     let abandon = Action::Abandon { slot: 1, thread: 1 };
     let over = [abandon, Action::Exit(outcome)];
     assert_eq!(bench.tick_after(STOP_GRACE), over);
@@ -349,15 +294,8 @@ fn a_second_stop_cuts_the_drain_short() {
     let stop = [Action::StopNow { slot: 0 }];
     assert_eq!(bench.step(Event::Stop(StopMode::Now)), stop);
     assert_eq!(bench.step(Event::Stop(StopMode::Now)), []);
-    let outcome = Outcome::Stopped {
-        how: Stopped::Interrupted,
-        failed: 0,
-        abandoned: 0,
-    };
-    assert_eq!(
-        bench.ended(0, End::Stopped).last(),
-        Some(&Action::Exit(outcome))
-    );
+    let outcome = Outcome::Stopped { how: Stopped::Interrupted, failed: 0, abandoned: 0 };
+    assert_eq!(bench.ended(0, End::Stopped).last(), Some(&Action::Exit(outcome)));
 }
 
 #[test]
@@ -366,10 +304,7 @@ fn a_stop_ends_a_backoff_and_a_start_that_is_under_way() {
     bench.crash_and_return(0);
     bench.ended(0, End::Panicked);
     let actions = bench.step(Event::Stop(StopMode::Now));
-    let expected = [
-        Action::Join { slot: 0, thread: 1 },
-        Action::StopNow { slot: 1 },
-    ];
+    let expected = [Action::Join { slot: 0, thread: 1 }, Action::StopNow { slot: 1 }];
     assert_eq!(actions[..2], expected);
 
     let mut bench = Bench::new(1);
@@ -381,15 +316,8 @@ fn a_stop_ends_a_backoff_and_a_start_that_is_under_way() {
 #[test]
 fn a_stop_before_the_start_ends_it_at_once() {
     let mut bench = Bench::new(2);
-    let outcome = Outcome::Stopped {
-        how: Stopped::AtOnce,
-        failed: 0,
-        abandoned: 0,
-    };
-    assert_eq!(
-        bench.step(Event::Stop(StopMode::Now)).last(),
-        Some(&Action::Exit(outcome))
-    );
+    let outcome = Outcome::Stopped { how: Stopped::AtOnce, failed: 0, abandoned: 0 };
+    assert_eq!(bench.step(Event::Stop(StopMode::Now)).last(), Some(&Action::Exit(outcome)));
     assert_eq!(bench.step(Event::Start), []);
 }
 

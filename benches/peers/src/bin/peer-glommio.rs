@@ -22,9 +22,7 @@ use ringleader_peers::{PeerOptions, answer, run};
 fn main() {
     run(PeerOptions::parse(), |options, cpu| {
         // glommio's defaults but for the memory it registers for files, which nobody uses here.
-        let executor = LocalExecutorBuilder::new(Placement::Fixed(cpu))
-            .io_memory(64 << 10)
-            .make()?;
+        let executor = LocalExecutorBuilder::new(Placement::Fixed(cpu)).io_memory(64 << 10).make()?;
         executor.run(serve(options))
     })
 }
@@ -73,11 +71,7 @@ impl Read for GlommioIo {
 }
 
 impl Write for GlommioIo {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(context, bytes)
     }
 

@@ -16,9 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 fn main() {
     run(PeerOptions::parse(), |options, _cpu| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         runtime.block_on(serve(options))
     })
 }

@@ -142,11 +142,7 @@ impl Model {
                     account.life = Life::Ready { since: self.now };
                 }
             }
-            Event::Ended {
-                slot,
-                generation,
-                how,
-            } => {
+            Event::Ended { slot, generation, how } => {
                 if self.slots[usize::from(slot)].generation == generation {
                     self.generation_over(slot, Some(how));
                 }
@@ -233,12 +229,7 @@ impl Model {
             _ => {}
         }
         match *action {
-            Action::StartGeneration {
-                slot,
-                generation,
-                thread,
-                fresh_thread,
-            } => {
+            Action::StartGeneration { slot, generation, thread, fresh_thread } => {
                 return self.begin(slot, generation, thread, fresh_thread);
             }
             Action::Drain { slot, .. } => {
@@ -257,19 +248,13 @@ impl Model {
             }
             Action::Abandon { slot, thread } => return self.abandon(slot, thread),
             Action::SetActive(ref table) => {
-                let exist = table
-                    .iter()
-                    .all(|slot| usize::from(*slot) < self.slots.len());
+                let exist = table.iter().all(|slot| usize::from(*slot) < self.slots.len());
                 rule("table", exist && !table.is_empty(), table)?;
                 rule("table", *table != self.table, "set to what it was")?;
                 self.table.clone_from(table);
             }
             Action::Readiness(readiness) => {
-                rule(
-                    "readiness",
-                    readiness != self.readiness,
-                    "set to what it was",
-                )?;
+                rule("readiness", readiness != self.readiness, "set to what it was")?;
                 self.readiness = readiness;
             }
             Action::Started => {
@@ -298,43 +283,23 @@ impl Model {
         rule("start after stop", !ending, slot)?;
         rule("start in quarantine", !account.quarantined, slot)?;
         rule("two generations", account.life == Life::None, slot)?;
-        rule(
-            "generation number",
-            generation == account.generation + 1,
-            generation,
-        )?;
-        rule(
-            "fresh thread",
-            fresh_thread != account.unjoined,
-            (slot, generation),
-        )?;
-        rule(
-            "fresh thread",
-            fresh_thread || !account.thread_dead,
-            (slot, generation),
-        )?;
+        rule("generation number", generation == account.generation + 1, generation)?;
+        rule("fresh thread", fresh_thread != account.unjoined, (slot, generation))?;
+        rule("fresh thread", fresh_thread || !account.thread_dead, (slot, generation))?;
         let threads = account.threads + u32::from(fresh_thread);
         rule("thread number", thread == threads, thread)?;
         let mut seen = Vec::new();
         if let Some(since) = account.waits_since.take() {
             let (shortest, _) = pause(restart, account.in_a_row);
             rule("backoff", now - since >= shortest, (now - since, shortest))?;
-            seen.push(if account.in_a_row > 1 {
-                "backoff"
-            } else {
-                "restart"
-            });
+            seen.push(if account.in_a_row > 1 { "backoff" } else { "restart" });
         } else {
             rule("start", account.generation == 0, "nothing had failed")?;
         }
         if generation > 1 {
             account.starts.push(now);
             let window = restart.quarantine_window;
-            let recent = account
-                .starts
-                .iter()
-                .filter(|at| now - **at <= window)
-                .count();
+            let recent = account.starts.iter().filter(|at| now - **at <= window).count();
             let most = restart.quarantine_after as usize;
             rule("quarantine", most == 0 || recent <= most, recent)?;
         }
@@ -356,8 +321,7 @@ impl Model {
         let told = matches!(account.life, Life::None | Life::Stopping { .. });
         rule("live", !told, &account)?;
         if running {
-            let hangs = account.life == Life::Starting
-                && now - account.started_at >= self.config.start_timeout;
+            let hangs = account.life == Life::Starting && now - account.started_at >= self.config.start_timeout;
             rule("stop", hangs, &account)?;
         }
         if account.life == Life::Draining {
@@ -424,11 +388,7 @@ impl Model {
         let left = self.slots.iter().filter(|a| a.given_up).count();
         let stop_now = matches!(self.stop, Some((_, StopMode::Now, _)));
         let (fits, abandoned, name) = match outcome {
-            Outcome::Stopped {
-                how,
-                failed,
-                abandoned,
-            } => {
+            Outcome::Stopped { how, failed, abandoned } => {
                 let (fits, name) = match how {
                     Stopped::AtOnce => (stop_now, "at once"),
                     Stopped::Drained => (!stop_now && self.cut == 0, "drained"),
@@ -438,37 +398,27 @@ impl Model {
                 let fits = fits && usize::from(failed) == self.crashed;
                 (fits && self.stop.is_some(), abandoned, name)
             }
-            Outcome::StartFailed {
-                slot, abandoned, ..
-            } => (self.start_failed == Some(slot), abandoned, "start failed"),
+            Outcome::StartFailed { slot, abandoned, .. } => {
+                (self.start_failed == Some(slot), abandoned, "start failed")
+            }
             Outcome::AllQuarantined { abandoned } => {
                 let all = self.slots.iter().all(|a| a.quarantined);
                 (all && self.is_running(), abandoned, "all quarantined")
             }
         };
-        rule(
-            "outcome",
-            fits && usize::from(abandoned) == left,
-            (outcome, left),
-        )?;
+        rule("outcome", fits && usize::from(abandoned) == left, (outcome, left))?;
         let early = self.stop.is_some() && !self.was_started;
         self.exited = Some(outcome);
         let early = early.then_some("stop while starting");
         let (most, none) = self.unreadiness_seen();
-        Ok([Some(name), early, most, none]
-            .into_iter()
-            .flatten()
-            .collect())
+        Ok([Some(name), early, most, none].into_iter().flatten().collect())
     }
 
     fn unreadiness_seen(&self) -> (Option<&'static str>, Option<&'static str>) {
         let quarantined = self.slots.iter().filter(|a| a.quarantined).count();
         let most = quarantined * 2 > self.slots.len();
         let none = self.slots.iter().any(|a| a.failures.len() > 1) && self.slots.len() == 1;
-        (
-            most.then_some("most quarantined"),
-            none.then_some("no active slot"),
-        )
+        (most.then_some("most quarantined"), none.then_some("no active slot"))
     }
 
     // What must be so.
@@ -486,11 +436,7 @@ impl Model {
         if let Some((.., by)) = self.stop {
             rule("exit in time", self.now <= by + self.late, self.now - by)?;
         }
-        rule(
-            "readiness",
-            policy.readiness() == self.readiness,
-            "the method differs",
-        )
+        rule("readiness", policy.readiness() == self.readiness, "the method differs")
     }
 
     fn check_table_and_readiness(&self) -> Result<(), Broken> {
@@ -512,11 +458,7 @@ impl Model {
         } else {
             Readiness::Ready
         };
-        rule(
-            "readiness",
-            self.readiness == expected,
-            (self.readiness, expected),
-        )?;
+        rule("readiness", self.readiness == expected, (self.readiness, expected))?;
         if self.is_running() && !ready.is_empty() {
             rule("table", self.table == ready, (&self.table, &ready))?;
         }
@@ -540,17 +482,9 @@ impl Model {
             let same = status.slot == index && status.generation == account.generation;
             rule("stale", fits && same, (status, account))?;
             let joined = !(account.thread_dead && account.unjoined);
-            rule(
-                "join",
-                joined && status.abandoned == account.given_up,
-                account,
-            )?;
+            rule("join", joined && status.abandoned == account.given_up, account)?;
             let out = account.quarantined || self.is_ending();
-            rule(
-                "quarantine",
-                out || account.life != Life::None || !self.is_crash_loop(index),
-                account,
-            )?;
+            rule("quarantine", out || account.life != Life::None || !self.is_crash_loop(index), account)?;
             if let Some(since) = account.waits_since {
                 let (_, longest) = pause(&self.config.restart, account.in_a_row);
                 let due = status.restart_at.is_some_and(|at| at <= since + longest);

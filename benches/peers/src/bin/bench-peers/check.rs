@@ -13,16 +13,11 @@ const BYTES_MAX: usize = 4096;
 /// Checks a close and two pipelined requests. Returns the answer with its date blanked, for comparison
 /// between servers: what is not the same bytes is not the same work.
 pub fn check(port: u16) -> Result<String, String> {
-    let closed = ask(
-        port,
-        "GET / HTTP/1.1\r\nHost: check\r\nConnection: close\r\n\r\n",
-        None,
-    )
-    .map_err(|error| format!("a request with `Connection: close`: {error}"))?;
+    let closed = ask(port, "GET / HTTP/1.1\r\nHost: check\r\nConnection: close\r\n\r\n", None)
+        .map_err(|error| format!("a request with `Connection: close`: {error}"))?;
     check_answer(&closed)?;
     let one = "GET / HTTP/1.1\r\nHost: check\r\n\r\n";
-    let both = ask(port, &one.repeat(2), Some(2))
-        .map_err(|error| format!("two pipelined requests: {error}"))?;
+    let both = ask(port, &one.repeat(2), Some(2)).map_err(|error| format!("two pipelined requests: {error}"))?;
     let (first, second) = both.split_at(both.len() / 2);
     check_answer(first)?;
     check_answer(second)?;
@@ -73,11 +68,7 @@ fn without_date(answer: &str) -> String {
         }
         _ => line.to_owned(),
     };
-    answer
-        .split("\r\n")
-        .map(blank)
-        .collect::<Vec<_>>()
-        .join("\r\n")
+    answer.split("\r\n").map(blank).collect::<Vec<_>>().join("\r\n")
 }
 
 #[cfg(test)]
@@ -89,16 +80,8 @@ mod tests {
     #[test]
     fn right_and_wrong_answers() {
         assert_eq!(check_answer(RIGHT), Ok(()));
-        for (from, to) in [
-            ("200", "404"),
-            ("World", "Earth"),
-            ("13", "14"),
-            ("\r\n\r\n", ""),
-        ] {
-            assert!(
-                check_answer(&RIGHT.replace(from, to)).is_err(),
-                "{from} to {to}"
-            );
+        for (from, to) in [("200", "404"), ("World", "Earth"), ("13", "14"), ("\r\n\r\n", "")] {
+            assert!(check_answer(&RIGHT.replace(from, to)).is_err(), "{from} to {to}");
         }
     }
 

@@ -49,17 +49,9 @@ fn run(options: &Options) -> Result<(), String> {
     let machine = process::machine();
     print!("{}", report::preamble(options, &machine, &counters));
     let names: Vec<&str> = servers.iter().map(|server| server.name.as_str()).collect();
-    let mut record = Record {
-        machine,
-        ..Record::default()
-    };
+    let mut record = Record { machine, ..Record::default() };
     for scenario in options.scenarios() {
-        let run = Run {
-            options,
-            scenario,
-            script: &script,
-            bin: &bin,
-        };
+        let run = Run { options, scenario, script: &script, bin: &bin };
         rounds(run, &servers, &mut record)?;
         let (samples, baseline) = (&record.samples, &options.baseline);
         let summary = summarise(scenario.name, samples, &names, baseline, options.seed);
@@ -71,9 +63,7 @@ fn run(options: &Options) -> Result<(), String> {
     print!("{}", report::verdict(options, &record.summaries));
     match record.voids.len() {
         0 => Ok(()),
-        voids => Err(format!(
-            "{voids} runs were void (see above); their rounds are not in the ratios"
-        )),
+        voids => Err(format!("{voids} runs were void (see above); their rounds are not in the ratios")),
     }
 }
 
@@ -103,8 +93,7 @@ impl Record {
             "void": self.voids,
             "samples": self.samples,
         });
-        fs::write(path, format!("{record:#}\n"))
-            .map_err(|error| format!("write {}: {error}", path.display()))
+        fs::write(path, format!("{record:#}\n")).map_err(|error| format!("write {}: {error}", path.display()))
     }
 }
 
@@ -116,9 +105,7 @@ fn rounds(run: Run<'_>, servers: &[Server], record: &mut Record) -> Result<(), S
             turn.reverse();
         }
         for server in turn {
-            let port = run
-                .options
-                .port_of(record.samples.len() + record.voids.len());
+            let port = run.options.port_of(record.samples.len() + record.voids.len());
             match run.measure(server, round, port) {
                 Ok(sample) => record.samples.push(sample),
                 Err(Problem::Fatal(why)) => return Err(why),
@@ -164,8 +151,5 @@ fn check_tools() -> Result<(), String> {
     if missing.is_empty() {
         return Ok(());
     }
-    Err(format!(
-        "not found: {}. On Debian: apt-get install linux-perf wrk util-linux",
-        missing.join(", ")
-    ))
+    Err(format!("not found: {}. On Debian: apt-get install linux-perf wrk util-linux", missing.join(", ")))
 }

@@ -58,11 +58,7 @@ impl Metric {
                 (user, kernel, user + kernel)
             }
             Self::CpuTime => {
-                let CpuUse {
-                    user_s,
-                    kernel_s,
-                    total_s,
-                } = sample.cpu;
+                let CpuUse { user_s, kernel_s, total_s } = sample.cpu;
                 (user_s * 1e6, kernel_s * 1e6, total_s * 1e6)
             }
         };
@@ -92,22 +88,12 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// One run of one server.
     pub fn measure(&self, server: &Server, round: u32, port: u16) -> Result<Sample, Problem> {
-        let Self {
-            options,
-            scenario,
-            script,
-            bin,
-        } = *self;
+        let Self { options, scenario, script, bin } = *self;
         wait_until_free(port).map_err(Problem::Fatal)?;
         let arguments = server.arguments(options, bin, port);
         // A server that does not start at all is a typing error; one that fails later is a finding.
-        let not_started = if round == 0 {
-            Problem::Fatal
-        } else {
-            Problem::Void
-        };
-        let mut process =
-            Process::start(&arguments, options.server_cpu, port).map_err(not_started)?;
+        let not_started = if round == 0 { Problem::Fatal } else { Problem::Void };
+        let mut process = Process::start(&arguments, options.server_cpu, port).map_err(not_started)?;
         let answer = check(port).map_err(Problem::Void)?;
 
         let others_before = CpuTime::read(options.server_cpu);

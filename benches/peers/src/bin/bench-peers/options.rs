@@ -63,22 +63,10 @@ pub struct Server {
 }
 
 const DEFAULTS: &[(&str, &str)] = &[
-    (
-        "ringleader",
-        "{bin}/ringleader serve --listen 127.0.0.1:{port} --executors 1 --cpus {cpu} --log warn",
-    ),
-    (
-        "tokio",
-        "{bin}/peer-tokio --listen 127.0.0.1:{port} --executors 1 --cpus {cpu}",
-    ),
-    (
-        "glommio",
-        "{bin}/peer-glommio --listen 127.0.0.1:{port} --executors 1 --cpus {cpu}",
-    ),
-    (
-        "bare",
-        "{bin}/peer-bare-ring --listen 127.0.0.1:{port} --executors 1 --cpus {cpu}",
-    ),
+    ("ringleader", "{bin}/ringleader serve --listen 127.0.0.1:{port} --executors 1 --cpus {cpu} --log warn"),
+    ("tokio", "{bin}/peer-tokio --listen 127.0.0.1:{port} --executors 1 --cpus {cpu}"),
+    ("glommio", "{bin}/peer-glommio --listen 127.0.0.1:{port} --executors 1 --cpus {cpu}"),
+    ("bare", "{bin}/peer-bare-ring --listen 127.0.0.1:{port} --executors 1 --cpus {cpu}"),
 ];
 
 impl FromStr for Server {
@@ -95,10 +83,7 @@ impl FromStr for Server {
         if name.is_empty() || command.trim().is_empty() {
             return Err("write NAME=COMMAND, both not empty".to_owned());
         }
-        Ok(Self {
-            name: name.to_owned(),
-            command: command.to_owned(),
-        })
+        Ok(Self { name: name.to_owned(), command: command.to_owned() })
     }
 }
 
@@ -125,11 +110,7 @@ impl Options {
 
     /// The scenarios to run, all if none was named.
     pub fn scenarios(&self) -> Vec<Scenario> {
-        if self.scenarios.is_empty() {
-            SCENARIOS.to_vec()
-        } else {
-            self.scenarios.clone()
-        }
+        if self.scenarios.is_empty() { SCENARIOS.to_vec() } else { self.scenarios.clone() }
     }
 
     /// The servers in the order of the first round.
@@ -139,25 +120,16 @@ impl Options {
     pub fn servers(&self) -> Result<Vec<Server>, String> {
         let mut servers = self.servers.clone();
         if servers.is_empty() {
-            let own = |(name, command): &(&str, &str)| Server {
-                name: (*name).to_owned(),
-                command: (*command).to_owned(),
-            };
+            let own =
+                |(name, command): &(&str, &str)| Server { name: (*name).to_owned(), command: (*command).to_owned() };
             servers = DEFAULTS.iter().map(own).collect();
         }
         let baseline = servers.iter().find(|server| server.name == self.baseline);
-        let baseline = baseline.ok_or_else(|| {
-            format!(
-                "the baseline `{}` is not among the servers: see --baseline",
-                self.baseline
-            )
-        })?;
+        let baseline = baseline
+            .ok_or_else(|| format!("the baseline `{}` is not among the servers: see --baseline", self.baseline))?;
         if self.self_check {
             let name = format!("{}{AGAIN}", baseline.name);
-            servers.push(Server {
-                name,
-                command: baseline.command.clone(),
-            });
+            servers.push(Server { name, command: baseline.command.clone() });
         }
         let mut names: Vec<_> = servers.iter().map(|server| &server.name).collect();
         names.sort();
@@ -181,9 +153,7 @@ mod tests {
     #[test]
     fn placeholders_are_replaced() {
         let options = Options::parse_from(["bench-peers", "--server-cpu", "3"]);
-        let server: Server = "mine={bin}/x --at 127.0.0.1:{port} --cpus {cpu}"
-            .parse()
-            .unwrap();
+        let server: Server = "mine={bin}/x --at 127.0.0.1:{port} --cpus {cpu}".parse().unwrap();
         let words = server.arguments(&options, "/b", 99);
         assert_eq!(words, ["/b/x", "--at", "127.0.0.1:99", "--cpus", "3"]);
     }
@@ -193,11 +163,7 @@ mod tests {
         let servers = |words: &[&str]| Options::parse_from(words).servers();
         assert_eq!(servers(&["bench-peers"]).unwrap().len(), 4);
         assert_eq!(servers(&["bench-peers", "--self-check"]).unwrap().len(), 5);
-        assert!(
-            servers(&["bench-peers", "--server", "bare"])
-                .unwrap_err()
-                .contains("baseline")
-        );
+        assert!(servers(&["bench-peers", "--server", "bare"]).unwrap_err().contains("baseline"));
         let twice = ["bench-peers", "--server", "tokio", "--server", "tokio=x"];
         assert!(servers(&twice).unwrap_err().contains("two servers"));
         assert!("unknown".parse::<Server>().is_err());

@@ -27,12 +27,7 @@ pub struct Counters {
 impl Counters {
     /// Cycles and instructions, in user and in kernel mode.
     pub fn has_hardware(&self) -> bool {
-        let all = [
-            self.cycles_user,
-            self.cycles_kernel,
-            self.instructions_user,
-            self.instructions_kernel,
-        ];
+        let all = [self.cycles_user, self.cycles_kernel, self.instructions_user, self.instructions_kernel];
         all.iter().all(Option::is_some)
     }
 }
@@ -46,18 +41,13 @@ pub fn probe() -> Result<Counters, String> {
     if output.status.success() && counters.task_clock_ms.is_some() {
         return Ok(counters);
     }
-    Err(format!(
-        "perf stat does not work here (see kernel.perf_event_paranoid): {}",
-        said.trim()
-    ))
+    Err(format!("perf stat does not work here (see kernel.perf_event_paranoid): {}", said.trim()))
 }
 
 fn command() -> Command {
     let mut command = Command::new("perf");
     // A locale with a decimal comma would change the numbers.
-    command
-        .env("LC_ALL", "C")
-        .args(["stat", "-x,", "-e", EVENTS]);
+    command.env("LC_ALL", "C").args(["stat", "-x,", "-e", EVENTS]);
     command
 }
 
@@ -81,11 +71,7 @@ impl Session {
             .map_err(|error| format!("start perf: {error}"))?;
         let control = perf.stdin.take().expect("stdin is piped");
         let answers = BufReader::new(perf.stdout.take().expect("stdout is piped"));
-        let mut session = Self {
-            perf,
-            control,
-            answers,
-        };
+        let mut session = Self { perf, control, answers };
         match session.order("enable") {
             Ok(()) => Ok(session),
             Err(problem) => Err(format!("{problem}: {}", session.last_words().0)),
@@ -96,9 +82,7 @@ impl Session {
     pub fn finish(mut self) -> Result<Counters, String> {
         let ordered = self.order("disable");
         let (said, ended) = self.last_words();
-        ordered
-            .and(ended)
-            .map_err(|problem| format!("{problem}: {}", said.trim()))?;
+        ordered.and(ended).map_err(|problem| format!("{problem}: {}", said.trim()))?;
         let counters = parse(&said);
         match counters.task_clock_ms {
             Some(_) => Ok(counters),
@@ -127,10 +111,7 @@ impl Session {
         drop(self.control);
         let said = self.perf.wait_with_output();
         let said = said.map(|output| String::from_utf8_lossy(&output.stderr).into_owned());
-        (
-            said.unwrap_or_default(),
-            killed.map_err(|error| format!("interrupt perf: {error}")),
-        )
+        (said.unwrap_or_default(), killed.map_err(|error| format!("interrupt perf: {error}")))
     }
 }
 

@@ -38,10 +38,7 @@ impl Process {
                 return Err(format!("`{}` ended with {status}", arguments.join(" ")));
             }
             if Instant::now() > deadline {
-                return Err(format!(
-                    "`{}` does not listen on port {port}",
-                    arguments.join(" ")
-                ));
+                return Err(format!("`{}` does not listen on port {port}", arguments.join(" ")));
             }
             thread::sleep(LOOK_EVERY);
         }
@@ -63,19 +60,11 @@ impl Process {
             // A thread that ends between the listing and this line takes its time with it.
             let path = thread.map_err(failed)?.path().join("schedstat");
             let text = fs::read_to_string(path).unwrap_or_default();
-            total_ns += text
-                .split(' ')
-                .next()
-                .and_then(|ns| ns.parse().ok())
-                .unwrap_or(0_u64);
+            total_ns += text.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0_u64);
         }
         let per_second = rustix::param::clock_ticks_per_second() as f64;
         let [user_s, kernel_s] = [user, kernel].map(|ticks| ticks as f64 / per_second);
-        Ok(CpuUse {
-            user_s,
-            kernel_s,
-            total_s: total_ns as f64 / 1e9,
-        })
+        Ok(CpuUse { user_s, kernel_s, total_s: total_ns as f64 / 1e9 })
     }
 
     /// An error if the process has ended by itself.
@@ -204,32 +193,18 @@ impl CpuTime {
 
     fn parse(stat: &str, cpu: usize) -> Option<Self> {
         let name = format!("cpu{cpu}");
-        let line = stat
-            .lines()
-            .find(|line| line.split(' ').next() == Some(&name))?;
+        let line = stat.lines().find(|line| line.split(' ').next() == Some(&name))?;
         // user nice system idle iowait irq softirq steal; what follows is counted in these already.
-        let fields: Vec<u64> = line
-            .split(' ')
-            .skip(1)
-            .take(8)
-            .flat_map(str::parse)
-            .collect();
+        let fields: Vec<u64> = line.split(' ').skip(1).take(8).flat_map(str::parse).collect();
         let [_user, _nice, _system, idle, iowait, _irq, _softirq, steal] = fields[..] else {
             return None;
         };
-        Some(Self {
-            total: fields.iter().sum(),
-            idle: idle + iowait,
-            steal,
-        })
+        Some(Self { total: fields.iter().sum(), idle: idle + iowait, steal })
     }
 
     /// What disturbed a server that used `server_s` seconds of this CPU since `before`.
     pub fn disturbance_since(self, before: Self, server_s: f64) -> Option<Disturbance> {
-        let total = self
-            .total
-            .checked_sub(before.total)
-            .filter(|ticks| *ticks > 0)? as f64;
+        let total = self.total.checked_sub(before.total).filter(|ticks| *ticks > 0)? as f64;
         let steal = self.steal.checked_sub(before.steal)? as f64;
         // The kernel lets idle time run backwards by a tick at times.
         let idle = self.idle.saturating_sub(before.idle) as f64;
@@ -245,16 +220,9 @@ impl CpuTime {
 pub fn machine() -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let processors = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = processors
-        .lines()
-        .find(|line| line.starts_with("model name"));
-    let model = model
-        .and_then(|line| line.split_once(": "))
-        .map_or("unknown", |(_, name)| name);
-    let count = processors
-        .lines()
-        .filter(|line| line.starts_with("processor"))
-        .count();
+    let model = processors.lines().find(|line| line.starts_with("model name"));
+    let model = model.and_then(|line| line.split_once(": ")).map_or("unknown", |(_, name)| name);
+    let count = processors.lines().filter(|line| line.starts_with("processor")).count();
     format!("Linux {}, {count} x {model}", kernel.trim())
 }
 
@@ -264,16 +232,12 @@ mod tests {
 
     #[test]
     fn listeners_are_found() {
-        let table =
-            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid
    0: 0100007F:46A0 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0
    1: 0100007F:46A1 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0
 ";
         assert!(table_listens(table, 18080));
-        assert!(
-            !table_listens(table, 18081),
-            "an established connection is no listener"
-        );
+        assert!(!table_listens(table, 18081), "an established connection is no listener");
         let six = "head\n 0: 00000000000000000000000000000000:1F90 0000:0000 0A rest\n";
         assert!(table_listens(six, 8080));
         assert!(!table_listens("", 80));
@@ -293,10 +257,7 @@ mod tests {
             CpuTime::parse(&text, 0).unwrap()
         };
         let disturbance = at(180, 20).disturbance_since(at(100, 0), 0.0).unwrap();
-        assert_eq!(
-            (disturbance.steal_percent, disturbance.others_percent),
-            (20.0, 0.0)
-        );
+        assert_eq!((disturbance.steal_percent, disturbance.others_percent), (20.0, 0.0));
         assert_eq!(at(1, 1).disturbance_since(at(1, 1), 0.0), None);
         assert_eq!(CpuTime::parse("cpu0 1 2\n", 0), None);
     }

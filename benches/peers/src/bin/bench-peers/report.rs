@@ -14,15 +14,7 @@ const PAIRS_FEW: usize = 15;
 
 /// What is said before anything is measured.
 pub fn preamble(options: &Options, machine: &str, counters: &Counters) -> String {
-    let Options {
-        pairs,
-        seconds,
-        server_cpu,
-        load_cpu,
-        seed,
-        baseline,
-        ..
-    } = options;
+    let Options { pairs, seconds, server_cpu, load_cpu, seed, baseline, .. } = options;
     let mut text = format!(
         "Cost of a request to the server's process. Lower is better.
 machine: {machine}
@@ -61,32 +53,18 @@ pub fn scenario(scenario: Scenario, summary: &Summary, samples: &[Sample]) -> St
     for server in &summary.servers {
         let rate = thousands(server.requests_per_second);
         let (name, runs, busy) = (&server.server, server.runs, server.busy);
-        line(
-            &mut text,
-            format_args!("  {name:<18} {runs:>5} {rate:>12} {busy:>6.2}"),
-        );
+        line(&mut text, format_args!("  {name:<18} {runs:>5} {rate:>12} {busy:>6.2}"));
     }
     if !summary.ratios.is_empty() {
         text.push_str("  ratio to the baseline        median   95 % interval   pairs\n");
     }
     for ratio in &summary.ratios {
-        let Ratio {
-            server,
-            metric,
-            median,
-            low,
-            high,
-            pairs,
-        } = ratio;
-        let (name, few) = (
-            metric.name(),
-            if *pairs < PAIRS_FEW { "  (few)" } else { "" },
-        );
+        let Ratio { server, metric, median, low, high, pairs } = ratio;
+        let (name, few) = (metric.name(), if *pairs < PAIRS_FEW { "  (few)" } else { "" });
         let row = format!("{median:>6.3}   {low:.3} to {high:.3}   {pairs:>5}{few}");
         line(&mut text, format_args!("  {server:<14} {name:<13} {row}"));
     }
-    let again =
-        |ratio: &&Ratio| ratio.server.ends_with(AGAIN) && !(ratio.low..=ratio.high).contains(&1.0);
+    let again = |ratio: &&Ratio| ratio.server.ends_with(AGAIN) && !(ratio.low..=ratio.high).contains(&1.0);
     for ratio in summary.ratios.iter().filter(again) {
         let row = format_args!(
             "  WARNING: the baseline differs from itself ({:.3}): no ratio nearer to 1 than that means anything here",
@@ -105,14 +83,7 @@ fn costs(metric: Metric, summary: &Summary) -> String {
         let Some(cost) = server.costs.iter().find(|cost| cost.metric == metric) else {
             continue;
         };
-        let Cost {
-            user,
-            kernel,
-            total,
-            total_min,
-            total_max,
-            ..
-        } = *cost;
+        let Cost { user, kernel, total, total_min, total_max, .. } = *cost;
         let show = |value: f64| match metric {
             Metric::CpuTime => format!("{value:.2}"),
             Metric::Cycles | Metric::Instructions => thousands(value),
@@ -120,10 +91,7 @@ fn costs(metric: Metric, summary: &Summary) -> String {
         let [user, kernel, total] = [user, kernel, total].map(show);
         let range = format!("{} to {}", show(total_min), show(total_max));
         let name = &server.server;
-        line(
-            &mut rows,
-            format_args!("  {name:<18} {user:>9} {kernel:>9} {total:>9}   {range}"),
-        );
+        line(&mut rows, format_args!("  {name:<18} {user:>9} {kernel:>9} {total:>9}   {range}"));
     }
     if rows.is_empty() {
         return rows;
@@ -135,89 +103,51 @@ fn costs(metric: Metric, summary: &Summary) -> String {
 /// What a reader must know before trusting the numbers.
 fn remarks(samples: &[&Sample]) -> String {
     let mut text = String::new();
-    let mut answers: Vec<_> = samples
-        .iter()
-        .map(|sample| (&sample.answer, &sample.server))
-        .collect();
+    let mut answers: Vec<_> = samples.iter().map(|sample| (&sample.answer, &sample.server)).collect();
     answers.sort();
     answers.dedup();
     if let Some((first, _)) = answers.first() {
         if answers.iter().all(|(answer, _)| answer == first) {
-            line(
-                &mut text,
-                format_args!("  answers: the same {} bytes from all", first.len()),
-            );
+            line(&mut text, format_args!("  answers: the same {} bytes from all", first.len()));
         } else {
             text.push_str("  answers DIFFER, so the work does too:\n");
             for (answer, server) in &answers {
                 let length = answer.len();
-                line(
-                    &mut text,
-                    format_args!("    {server}: {length} bytes, {answer:?}"),
-                );
+                line(&mut text, format_args!("    {server}: {length} bytes, {answer:?}"));
             }
         }
     }
     let disturbances = samples.iter().filter_map(|sample| sample.disturbance);
-    let (steal, others): (Vec<f64>, Vec<f64>) = disturbances
-        .map(|each| (each.steal_percent, each.others_percent))
-        .unzip();
-    for (values, whose) in [
-        (others, "used by others"),
-        (steal, "stolen by the hypervisor"),
-    ] {
+    let (steal, others): (Vec<f64>, Vec<f64>) =
+        disturbances.map(|each| (each.steal_percent, each.others_percent)).unzip();
+    for (values, whose) in [(others, "used by others"), (steal, "stolen by the hypervisor")] {
         if let (Some(middle), Some((_, most))) = (median(&values), spread(&values)) {
-            let row = format_args!(
-                "  the server's CPU, {whose}: median {middle:.1} %, at most {most:.1} % of a run"
-            );
+            let row = format_args!("  the server's CPU, {whose}: median {middle:.1} %, at most {most:.1} % of a run");
             line(&mut text, row);
         }
     }
-    let counted = samples
-        .iter()
-        .filter_map(|sample| sample.counters.counted_percent);
-    if let Some(least) = counted
-        .min_by(f64::total_cmp)
-        .filter(|percent| *percent < 99.0)
-    {
+    let counted = samples.iter().filter_map(|sample| sample.counters.counted_percent);
+    if let Some(least) = counted.min_by(f64::total_cmp).filter(|percent| *percent < 99.0) {
         let text = &mut text;
-        line(
-            text,
-            format_args!("  counters shared hardware ({least:.0} %): totals are estimates"),
-        );
+        line(text, format_args!("  counters shared hardware ({least:.0} %): totals are estimates"));
     }
     text
 }
 
 /// The end: where the subject wins, where nothing can be said, and the case it loses.
 pub fn verdict(options: &Options, summaries: &[Summary]) -> String {
-    let Options {
-        subject, baseline, ..
-    } = options;
+    let Options { subject, baseline, .. } = options;
     let of = |verdict: Verdict| {
         let mut cases = Vec::new();
         for summary in summaries {
             let ours = |ratio: &&Ratio| ratio.server == *subject && ratio.verdict() == verdict;
             cases.extend(summary.ratios.iter().filter(ours).map(|ratio| {
-                let Ratio {
-                    metric,
-                    median,
-                    low,
-                    high,
-                    ..
-                } = ratio;
+                let Ratio { metric, median, low, high, .. } = ratio;
                 let name = metric.name().trim_end_matches(", µs");
-                format!(
-                    "{}: {median:.3} ({low:.3} to {high:.3}) in {name}",
-                    summary.scenario
-                )
+                format!("{}: {median:.3} ({low:.3} to {high:.3}) in {name}", summary.scenario)
             }));
         }
-        if cases.is_empty() {
-            "none of those measured".to_owned()
-        } else {
-            cases.join("\n  ")
-        }
+        if cases.is_empty() { "none of those measured".to_owned() } else { cases.join("\n  ") }
     };
     let ratios = summaries.iter().flat_map(|summary| &summary.ratios);
     if !ratios.into_iter().any(|ratio| ratio.server == *subject) {
@@ -264,34 +194,17 @@ mod tests {
 
     fn summary(low: f64, high: f64) -> Summary {
         let (server, metric) = ("ringleader".to_owned(), Metric::Cycles);
-        let ratio = Ratio {
-            server,
-            metric,
-            pairs: 15,
-            median: (low + high) / 2.0,
-            low,
-            high,
-        };
-        Summary {
-            scenario: "s",
-            servers: Vec::new(),
-            ratios: vec![ratio],
-        }
+        let ratio = Ratio { server, metric, pairs: 15, median: (low + high) / 2.0, low, high };
+        Summary { scenario: "s", servers: Vec::new(), ratios: vec![ratio] }
     }
 
     #[test]
     fn the_lost_case_is_named() {
         let options = Options::parse_from(["bench-peers"]);
         let text = verdict(&options, &[summary(1.02, 1.1)]);
-        assert!(
-            text.contains("case it loses:\n  s: 1.060 (1.020 to 1.100) in cycles"),
-            "{text}"
-        );
+        assert!(text.contains("case it loses:\n  s: 1.060 (1.020 to 1.100) in cycles"), "{text}");
         let text = verdict(&options, &[summary(0.8, 0.9)]);
-        assert!(
-            text.contains("case it loses:\n  none of those measured"),
-            "{text}"
-        );
+        assert!(text.contains("case it loses:\n  none of those measured"), "{text}");
         assert!(verdict(&options, &[]).contains("was not measured"));
     }
 

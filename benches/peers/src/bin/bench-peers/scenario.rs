@@ -32,21 +32,11 @@ pub const SCENARIOS: &[Scenario] = &[
         connections: 64,
         kind: Kind::Pipelined,
     },
-    Scenario {
-        name: "close-64",
-        what: "one connection per request, 64 at a time",
-        connections: 64,
-        kind: Kind::Close,
-    },
+    Scenario { name: "close-64", what: "one connection per request, 64 at a time", connections: 64, kind: Kind::Close },
 ];
 
 const fn keep_alive(name: &'static str, what: &'static str, connections: u32) -> Scenario {
-    Scenario {
-        name,
-        what,
-        connections,
-        kind: Kind::KeepAlive,
-    }
+    Scenario { name, what, connections, kind: Kind::KeepAlive }
 }
 
 /// Finds a scenario by name, for the command line.

@@ -87,15 +87,9 @@ mod tests {
         let (low, high) = bootstrap_median(&values, 7).unwrap();
         assert_eq!(bootstrap_median(&values, 7), Some((low, high)));
         let middle = median(&values).unwrap();
-        assert!(
-            0.9 <= low && low < middle && middle < high && high <= 1.1,
-            "{low} {high}"
-        );
+        assert!(0.9 <= low && low < middle && middle < high && high <= 1.1, "{low} {high}");
         // The exact order-statistic interval for 21 values is the 6th to the 16th: 0.95 to 1.05.
-        assert!(
-            (low - 0.95).abs() < 0.015 && (high - 1.05).abs() < 0.015,
-            "{low} {high}"
-        );
+        assert!((low - 0.95).abs() < 0.015 && (high - 1.05).abs() < 0.015, "{low} {high}");
         assert_eq!(bootstrap_median(&[1.5], 7), Some((1.5, 1.5)));
         assert_eq!(bootstrap_median(&[], 7), None);
     }

@@ -69,60 +69,35 @@ impl Ratio {
 }
 
 /// Sums up one scenario. `names` gives the order; servers without a valid run are left out.
-pub fn summarise(
-    scenario: &'static str,
-    samples: &[Sample],
-    names: &[&str],
-    baseline: &str,
-    seed: u64,
-) -> Summary {
+pub fn summarise(scenario: &'static str, samples: &[Sample], names: &[&str], baseline: &str, seed: u64) -> Summary {
     let of = |name: &str| -> Vec<&Sample> {
         let ours = |sample: &&Sample| sample.scenario == scenario && sample.server == name;
         samples.iter().filter(ours).collect()
     };
-    let servers = names
-        .iter()
-        .filter_map(|name| server(name, &of(name)))
-        .collect();
+    let servers = names.iter().filter_map(|name| server(name, &of(name))).collect();
     let base = of(baseline);
     let others = names.iter().filter(|name| **name != baseline);
     let ratios = others
         .flat_map(|name| Metric::ALL.map(|metric| ratio(name, metric, &of(name), &base, seed)))
         .flatten()
         .collect();
-    Summary {
-        scenario,
-        servers,
-        ratios,
-    }
+    Summary { scenario, servers, ratios }
 }
 
 fn server(name: &str, samples: &[&Sample]) -> Option<ServerSummary> {
-    let median_of = |value: &dyn Fn(&Sample) -> f64| {
-        median(
-            &samples
-                .iter()
-                .map(|sample| value(sample))
-                .collect::<Vec<_>>(),
-        )
-    };
+    let median_of =
+        |value: &dyn Fn(&Sample) -> f64| median(&samples.iter().map(|sample| value(sample)).collect::<Vec<_>>());
     Some(ServerSummary {
         server: name.to_owned(),
         runs: samples.len(),
         requests_per_second: median_of(&|sample| sample.requests as f64 / sample.seconds)?,
         busy: median_of(&|sample| sample.cpu.total_s / sample.seconds)?,
-        costs: Metric::ALL
-            .iter()
-            .filter_map(|metric| cost(*metric, samples))
-            .collect(),
+        costs: Metric::ALL.iter().filter_map(|metric| cost(*metric, samples)).collect(),
     })
 }
 
 fn cost(metric: Metric, samples: &[&Sample]) -> Option<Cost> {
-    let values: Vec<[f64; 3]> = samples
-        .iter()
-        .filter_map(|sample| metric.of(sample))
-        .collect();
+    let values: Vec<[f64; 3]> = samples.iter().filter_map(|sample| metric.of(sample)).collect();
     let column = |index: usize| values.iter().map(|value| value[index]).collect::<Vec<_>>();
     let (total_min, total_max) = spread(&column(2))?;
     Some(Cost {
@@ -136,13 +111,7 @@ fn cost(metric: Metric, samples: &[&Sample]) -> Option<Cost> {
 }
 
 /// Pairs by round: a round in which either run was void gives no pair.
-fn ratio(
-    name: &str,
-    metric: Metric,
-    samples: &[&Sample],
-    base: &[&Sample],
-    seed: u64,
-) -> Option<Ratio> {
+fn ratio(name: &str, metric: Metric, samples: &[&Sample], base: &[&Sample], seed: u64) -> Option<Ratio> {
     let total = |sample: &Sample| metric.of(sample).map(|[_, _, total]| total);
     let pair = |sample: &&Sample| {
         let other = base.iter().find(|other| other.round == sample.round)?;
@@ -151,14 +120,7 @@ fn ratio(
     let ratios: Vec<f64> = samples.iter().filter_map(pair).collect();
     let (low, high) = bootstrap_median(&ratios, seed)?;
     let (server, pairs) = (name.to_owned(), ratios.len());
-    Some(Ratio {
-        server,
-        metric,
-        pairs,
-        median: median(&ratios)?,
-        low,
-        high,
-    })
+    Some(Ratio { server, metric, pairs, median: median(&ratios)?, low, high })
 }
 
 #[cfg(test)]
@@ -175,11 +137,7 @@ mod tests {
             requests: 1000,
             seconds: 2.0,
             counters: Counters::default(),
-            cpu: CpuUse {
-                user_s: clock_ms / 4e3,
-                kernel_s: clock_ms * 3.0 / 4e3,
-                total_s: clock_ms / 1e3,
-            },
+            cpu: CpuUse { user_s: clock_ms / 4e3, kernel_s: clock_ms * 3.0 / 4e3, total_s: clock_ms / 1e3 },
             disturbance: None,
             answer: String::new(),
         }
@@ -196,38 +154,17 @@ mod tests {
             sample("b", 2, 999.0),
         ];
         let summary = summarise("s", &samples, &["a", "b", "absent"], "a", 1);
-        let [ratio] = &summary.ratios[..] else {
-            panic!("{summary:?}")
-        };
-        assert_eq!(
-            (ratio.pairs, ratio.median, ratio.low, ratio.high),
-            (2, 0.5, 0.5, 0.5)
-        );
-        assert_eq!(
-            ratio.verdict(),
-            Verdict::Undecided,
-            "two pairs prove nothing"
-        );
-        assert_eq!(
-            summary.servers.len(),
-            2,
-            "a server without runs is left out"
-        );
+        let [ratio] = &summary.ratios[..] else { panic!("{summary:?}") };
+        assert_eq!((ratio.pairs, ratio.median, ratio.low, ratio.high), (2, 0.5, 0.5, 0.5));
+        assert_eq!(ratio.verdict(), Verdict::Undecided, "two pairs prove nothing");
+        assert_eq!(summary.servers.len(), 2, "a server without runs is left out");
     }
 
     #[test]
     fn verdicts_need_pairs_and_an_interval_on_one_side() {
         let verdict = |pairs, low, high| {
             let (server, metric) = ("b".to_owned(), Metric::CpuTime);
-            Ratio {
-                server,
-                metric,
-                pairs,
-                median: 1.0,
-                low,
-                high,
-            }
-            .verdict()
+            Ratio { server, metric, pairs, median: 1.0, low, high }.verdict()
         };
         assert_eq!(verdict(6, 0.8, 0.9), Verdict::Wins);
         assert_eq!(verdict(6, 1.1, 1.2), Verdict::Loses);
@@ -238,9 +175,7 @@ mod tests {
     #[test]
     fn costs_are_per_request() {
         let summary = summarise("s", &[sample("a", 0, 100.0)], &["a"], "a", 1);
-        let [cost] = &summary.servers[0].costs[..] else {
-            panic!("{summary:?}")
-        };
+        let [cost] = &summary.servers[0].costs[..] else { panic!("{summary:?}") };
         assert_eq!((cost.user, cost.kernel, cost.total), (25.0, 75.0, 100.0));
         assert!((summary.servers[0].busy - 0.05).abs() < 1e-9);
     }

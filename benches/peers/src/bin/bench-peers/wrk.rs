@@ -36,12 +36,7 @@ impl Drop for Script {
 }
 
 /// Loads the server for the duration and reads what wrk says.
-pub fn run(
-    options: &Options,
-    scenario: Scenario,
-    script: &Script,
-    port: u16,
-) -> Result<Load, String> {
+pub fn run(options: &Options, scenario: Scenario, script: &Script, port: u16) -> Result<Load, String> {
     let mut command = Command::new("taskset");
     command.args(["-c", &options.load_cpu.to_string(), "wrk", "--threads", "1"]);
     command.args(["--connections", &scenario.connections.to_string()]);
@@ -78,12 +73,8 @@ fn parse(text: &str) -> Result<Load, String> {
             totals = requests.trim().parse().ok().zip(seconds(duration));
         }
     }
-    let (requests, seconds) = totals.ok_or_else(|| {
-        format!(
-            "wrk's report has no line `N requests in T`, it reads: {}",
-            text.trim()
-        )
-    })?;
+    let (requests, seconds) =
+        totals.ok_or_else(|| format!("wrk's report has no line `N requests in T`, it reads: {}", text.trim()))?;
     match (errors.is_empty(), requests) {
         (false, _) => Err(format!("wrk reports {}", errors.join("; "))),
         (true, 0) => Err("wrk got no answer at all".to_owned()),
@@ -124,13 +115,7 @@ Transfer/sec:     11.49MB
     #[test]
     fn a_clean_report_is_read() {
         let load = parse(REPORT).unwrap();
-        assert_eq!(
-            load,
-            Load {
-                requests: 287_401,
-                seconds: 3.1
-            }
-        );
+        assert_eq!(load, Load { requests: 287_401, seconds: 3.1 });
     }
 
     #[test]
@@ -140,10 +125,7 @@ Transfer/sec:     11.49MB
             "  Socket errors: connect 0, read 3, write 0, timeout 0\n  Non-2xx or 3xx responses: 5\nRequests/sec:",
         );
         let errors = parse(&text).unwrap_err();
-        assert!(
-            errors.contains("read 3") && errors.contains("responses: 5"),
-            "{errors}"
-        );
+        assert!(errors.contains("read 3") && errors.contains("responses: 5"), "{errors}");
     }
 
     #[test]

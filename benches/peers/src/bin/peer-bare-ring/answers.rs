@@ -24,10 +24,7 @@ impl Answers {
                 httpdate::fmt_http_date(now),
             )
         };
-        Self {
-            keep_alive: one("").repeat(COPIES_MAX).into_bytes(),
-            close: one("connection: close\r\n").into_bytes(),
-        }
+        Self { keep_alive: one("").repeat(COPIES_MAX).into_bytes(), close: one("connection: close\r\n").into_bytes() }
     }
 
     /// The bytes of `copies` answers, at most [`COPIES_MAX`].
@@ -51,20 +48,14 @@ pub struct AnswerClock {
 impl AnswerClock {
     pub fn new() -> Self {
         let now = SystemTime::now();
-        Self {
-            second: second_of(now),
-            answers: Rc::new(Answers::new(now)),
-        }
+        Self { second: second_of(now), answers: Rc::new(Answers::new(now)) }
     }
 
     /// To be called once per turn of the loop.
     pub fn tick(&mut self) {
         let now = SystemTime::now();
         if second_of(now) != self.second {
-            *self = Self {
-                second: second_of(now),
-                answers: Rc::new(Answers::new(now)),
-            };
+            *self = Self { second: second_of(now), answers: Rc::new(Answers::new(now)) };
         }
     }
 
@@ -74,8 +65,7 @@ impl AnswerClock {
 }
 
 fn second_of(now: SystemTime) -> u64 {
-    now.duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

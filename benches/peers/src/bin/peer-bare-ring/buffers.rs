@@ -29,11 +29,7 @@ impl Buffers {
     pub fn register(submitter: &Submitter<'_>) -> io::Result<Self> {
         let entries = pages(usize::from(COUNT) * size_of::<BufRingEntry>()).cast();
         let memory = pages(usize::from(COUNT) * BYTES);
-        let mut buffers = Self {
-            entries,
-            memory,
-            tail: 0,
-        };
+        let mut buffers = Self { entries, memory, tail: 0 };
         for id in 0..COUNT {
             buffers.lend(id);
         }
@@ -45,10 +41,7 @@ impl Buffers {
 
     /// Hands the kernel's bytes to `look` and lends the buffer again.
     pub fn with<T>(&mut self, id: u16, length: usize, look: impl FnOnce(&[u8]) -> T) -> T {
-        assert!(
-            id < COUNT && length <= BYTES,
-            "the kernel names buffers it was lent"
-        );
+        assert!(id < COUNT && length <= BYTES, "the kernel names buffers it was lent");
         // SAFETY: buffer `id` lies within the allocation (asserted), its bytes are initialised (zeroed at
         // first, then written by the kernel), and between its completion and `lend` below it is ours
         // alone: the kernel took the entry off the ring when it chose the buffer.

@@ -54,9 +54,7 @@ impl HeadCounter {
 /// Case and position inside a value do not matter here: this is a canned answer's question.
 pub fn asks_for_close(bytes: &[u8]) -> bool {
     let wanted = b"\r\nConnection: close\r\n";
-    bytes
-        .windows(wanted.len())
-        .any(|window| window.eq_ignore_ascii_case(wanted))
+    bytes.windows(wanted.len()).any(|window| window.eq_ignore_ascii_case(wanted))
 }
 
 #[cfg(test)]
@@ -91,9 +89,7 @@ mod tests {
 
     #[test]
     fn close_is_recognised() {
-        assert!(asks_for_close(
-            b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n"
-        ));
+        assert!(asks_for_close(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n"));
         assert!(!asks_for_close(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"));
     }
 }

@@ -92,8 +92,7 @@ impl Server {
         let connection = connection(&mut self.connections, index);
         connection.receiving = done.more;
         if let (Some(id), Ok(length)) = (done.buffer, usize::try_from(done.result)) {
-            self.buffers
-                .with(id, length, |bytes| connection.read(bytes));
+            self.buffers.with(id, length, |bytes| connection.read(bytes));
         }
         let out_of_buffers = done.result == -libc::ENOBUFS;
         if done.result <= 0 && !out_of_buffers {

@@ -73,15 +73,7 @@ pub struct Connection {
 impl Connection {
     pub fn new(socket: OwnedFd) -> Self {
         let heads = HeadCounter::default();
-        Self {
-            socket,
-            heads,
-            owed: 0,
-            sending: None,
-            close: None,
-            receiving: false,
-            ended: false,
-        }
+        Self { socket, heads, owed: 0, sending: None, close: None, receiving: false, ended: false }
     }
 
     pub fn read(&mut self, bytes: &[u8]) {
@@ -115,17 +107,10 @@ pub struct Ring(IoUring);
 
 impl Ring {
     pub fn new() -> io::Result<Self> {
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_cqsize(COMPLETIONS)
-            .build(SUBMISSIONS);
-        ring.map(Self).map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("io_uring_setup (Linux 6.1 or later): {error}"),
-            )
-        })
+        let ring =
+            IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_cqsize(COMPLETIONS).build(SUBMISSIONS);
+        ring.map(Self)
+            .map_err(|error| io::Error::new(error.kind(), format!("io_uring_setup (Linux 6.1 or later): {error}")))
     }
 
     pub fn submitter(&self) -> Submitter<'_> {
@@ -161,32 +146,16 @@ impl Ring {
     }
 
     /// Sends as many answers as are owed, up to [`COPIES_MAX`].
-    pub fn send(
-        &mut self,
-        index: usize,
-        connection: &mut Connection,
-        answers: &Rc<Answers>,
-    ) -> io::Result<()> {
-        assert!(
-            connection.sending.is_none(),
-            "sends of one connection must not overtake another"
-        );
+    pub fn send(&mut self, index: usize, connection: &mut Connection, answers: &Rc<Answers>) -> io::Result<()> {
+        assert!(connection.sending.is_none(), "sends of one connection must not overtake another");
         let copies = connection.owed.min(COPIES_MAX);
         let last = connection.close == Some(true);
-        let bytes = if last {
-            answers.close()
-        } else {
-            answers.keep_alive(copies)
-        };
+        let bytes = if last { answers.close() } else { answers.keep_alive(copies) };
         connection.owed -= copies;
         connection.sending = Some((Rc::clone(answers), bytes.len()));
-        let send = opcode::Send::new(
-            Fd(connection.socket.as_raw_fd()),
-            bytes.as_ptr(),
-            bytes.len() as u32,
-        )
-        .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL)
-        .build();
+        let send = opcode::Send::new(Fd(connection.socket.as_raw_fd()), bytes.as_ptr(), bytes.len() as u32)
+            .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL)
+            .build();
         // SAFETY: the bytes belong to `answers`, whose vectors never change, and the connection holds
         // `answers` until this send's completion; a connection is dropped only when it is quiet.
         unsafe { self.push(send, Operation::Send(index)) }
