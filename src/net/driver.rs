@@ -30,6 +30,9 @@ const QUEUED_SEND_BYTES_MAX: usize = 4096;
 /// Vectors kept for queued writes: 64 of 4 KiB at most.
 const SPARE_MAX: usize = 64;
 
+/// Buffers received in one turn from which on a multishot receive may have hit its bound (`MULTISHOT_MAX_RETRY`, 32).
+const BURST: u16 = 32;
+
 /// State of a connection's receive operation.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Receive {
@@ -63,6 +66,8 @@ struct Socket {
     abandoned: bool,
     /// Already noted in `Driver::touched` in this turn.
     touched: bool,
+    /// Buffers received in this turn.
+    burst: u16,
 }
 
 /// How the peer ended its direction.
@@ -93,8 +98,9 @@ pub(crate) struct Driver {
     touched: Vec<u32>,
     /// Sockets whose receive ended for want of buffers; armed again at the end of the turn.
     starved: Vec<u32>,
-    /// The earliest tick that is armed.
-    tick: Option<Instant>,
+    /// The ticks that are armed, the earliest last: one is armed only when it is to come before all others, so they
+    /// fire from the end.
+    ticks: Vec<Instant>,
     /// Whether small writes are queued in this turn.
     batching: bool,
     /// Vectors for queued writes.
@@ -109,7 +115,7 @@ impl Driver {
             completions: Vec::with_capacity(256),
             touched: Vec::new(),
             starved: Vec::new(),
-            tick: None,
+            ticks: Vec::new(),
             batching: false,
             spare: Vec::new(),
         })
@@ -146,6 +152,7 @@ impl Driver {
             writer: None,
             abandoned: false,
             touched: false,
+            burst: 0,
         }) as u32;
         self.arm(key);
         key
@@ -171,9 +178,9 @@ impl Driver {
             socket.receive = Receive::Stopping;
             self.ring.cancel(operation);
         }
-        // A send that the peer does not take is not waited for; one that was queued in this turn is carried out before
-        // the cancellation is looked at.
-        for operation in [socket.writable, socket.sending].into_iter().flatten() {
+        // A queued send has been taken and is carried out, as the kernel does with what it has taken: the socket is closed
+        // after it. TCP's user timeout bounds how long a peer may keep it.
+        if let Some(operation) = socket.writable {
             self.ring.cancel(operation);
         }
         self.close_if_quiet(key);
@@ -319,7 +326,7 @@ impl Driver {
             Purpose::Send { socket } => self.sent(socket, completion),
             Purpose::Cancel => {}
             Purpose::Tick => {
-                self.tick = None;
+                self.ticks.pop();
                 return;
             }
         }
@@ -336,6 +343,7 @@ impl Driver {
                 self.ring.recycle(buffer);
             } else {
                 socket.fresh.push(buffer);
+                socket.burst = socket.burst.saturating_add(1);
             }
         }
         if socket.abandoned {
@@ -373,7 +381,7 @@ impl Driver {
         let Completion { result, sent: mut bytes, .. } = completion;
         let socket = &mut self.sockets[key as usize];
         socket.sending = None;
-        if !socket.abandoned && result >= 0 && (result as usize) < bytes.len() {
+        if result >= 0 && (result as usize) < bytes.len() {
             // Interrupted in the middle: the rest follows.
             bytes.drain(..result as usize);
             socket.sending = Some(self.ring.send(socket.fd.as_fd(), bytes, key));
@@ -397,19 +405,7 @@ impl Driver {
     /// To be called when the tasks of a turn have run, before the kernel is entered again.
     pub(crate) fn end_turn(&mut self) {
         while let Some(key) = self.touched.pop() {
-            let Some(socket) = self.sockets.get_mut(key as usize) else { continue };
-            socket.touched = false;
-            if socket.fresh.is_empty() {
-                continue;
-            }
-            for buffer in std::mem::take(&mut socket.fresh) {
-                socket.unread.extend_from_slice(&self.ring.bytes(&buffer)[std::mem::take(&mut socket.fresh_offset)..]);
-                self.ring.recycle(buffer);
-            }
-            if let (true, Receive::Armed(operation)) = (socket.unread.len() >= UNREAD_BYTES_MAX, socket.receive) {
-                socket.receive = Receive::Stopping;
-                self.ring.cancel(operation);
-            }
+            self.spill(key);
         }
         while let Some(key) = self.starved.pop() {
             if self.sockets.get(key as usize).is_some_and(|socket| socket.unread.len() < UNREAD_BYTES_MAX) {
@@ -418,10 +414,27 @@ impl Driver {
         }
     }
 
+    /// Moves what a connection has not read to the heap, and stops its receive where that is due: when it holds enough,
+    /// and after a burst. For a multishot receive that has hit the kernel's bound on its retries may go back to waiting
+    /// with the peer's reset behind it, and never tell; armed anew it looks first.
+    fn spill(&mut self, key: u32) {
+        let Some(socket) = self.sockets.get_mut(key as usize) else { return };
+        socket.touched = false;
+        let burst = std::mem::take(&mut socket.burst) >= BURST;
+        for buffer in std::mem::take(&mut socket.fresh) {
+            socket.unread.extend_from_slice(&self.ring.bytes(&buffer)[std::mem::take(&mut socket.fresh_offset)..]);
+            self.ring.recycle(buffer);
+        }
+        if let (true, Receive::Armed(operation)) = (burst || socket.unread.len() >= UNREAD_BYTES_MAX, socket.receive) {
+            socket.receive = Receive::Stopping;
+            self.ring.cancel(operation);
+        }
+    }
+
     /// Sees to it that a wait in the ring ends at `deadline` at the latest.
     pub(crate) fn wake_by(&mut self, deadline: Instant, now: Instant) {
-        if self.tick.is_none_or(|armed| armed > deadline) {
-            self.tick = Some(deadline);
+        if self.ticks.last().is_none_or(|armed| *armed > deadline) {
+            self.ticks.push(deadline);
             self.ring.tick(deadline.saturating_duration_since(now).max(Duration::from_micros(50)));
         }
     }
