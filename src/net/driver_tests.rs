@@ -132,8 +132,12 @@ fn more_readable_connections_than_buffers_all_get_their_bytes() {
 
 #[test]
 fn a_connection_that_is_not_read_is_held_to_its_limit_and_goes_on_when_it_is() {
-    // More buffers than arrive in a turn: running out of them must not be what stops the receive.
-    let options = RingOptions { buffers: 256, buffer_bytes: 1024 };
+    // Fewer buffers than arrive in a turn: running out of them must not stop it before. More: it must stop all the same.
+    held_to_its_limit(RingOptions { buffers: 16, buffer_bytes: 1024 });
+    held_to_its_limit(RingOptions { buffers: 256, buffer_bytes: 1024 });
+}
+
+fn held_to_its_limit(options: RingOptions) {
     let mut driver = driver(options.buffers, options.buffer_bytes);
     let (ours, mut peer) = pair();
     shrink(&ours, 32 * 1024);
