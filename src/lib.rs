@@ -104,7 +104,7 @@ pub use order::Order;
 pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
 pub use settings::HttpLimits;
-pub use shard::{Shard, SlotId, Task, TaskError};
+pub use shard::{Draining, Shard, SlotId, Task, TaskError};
 pub use time::{Elapsed, Sleep, Timeout};
 
 /// An error of a user's.

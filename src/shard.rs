@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -118,10 +118,42 @@ impl Shard {
     }
 
     /// Completes when the executor is told to drain: time for long-lived work to come to its end.
-    pub fn draining(&self) -> impl Future<Output = ()> + 'static {
-        // A drain wakes every task of the executor, so looking when woken is enough.
-        let core = Rc::clone(&self.core);
-        poll_fn(move |_| if core.draining().is_some() { Poll::Ready(()) } else { Poll::Pending })
+    pub fn draining(&self) -> Draining {
+        Draining { core: Rc::clone(&self.core), place: None }
+    }
+}
+
+/// Completes when the executor is told to drain. Made by [`Shard::draining`].
+#[must_use = "this does nothing until it is awaited"]
+pub struct Draining {
+    core: Rc<Core>,
+    /// Where its waker is kept, which is not always that of its task.
+    place: Option<usize>,
+}
+
+impl Future for Draining {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if self.core.draining().is_some() {
+            return Poll::Ready(());
+        }
+        self.place = Some(self.core.watch_drain(self.place, context.waker()));
+        Poll::Pending
+    }
+}
+
+impl Drop for Draining {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            self.core.unwatch_drain(place);
+        }
+    }
+}
+
+impl fmt::Debug for Draining {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Draining")
     }
 }
 

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::Instant;
 
+use slab::Slab;
+
 use super::cells::Cells;
 use super::inbox::Inbox;
 use super::tasks::{LocalFuture, OnPanic, Tasks};
@@ -52,6 +54,8 @@ pub(crate) struct Core {
     now: Cell<Instant>,
     turn: Cell<u64>,
     draining: Cell<Option<Instant>>,
+    /// Who waits for a drain and is not simply a task of ours.
+    drain_watchers: RefCell<Slab<Waker>>,
     /// Connections that gave their protocol's memory back since the allocator was last asked to pass it on.
     hibernated: Cell<u32>,
     failure: OnceCell<Failure>,
@@ -82,6 +86,7 @@ impl Core {
             now: Cell::new(now),
             turn: Cell::new(0),
             draining: Cell::new(None),
+            drain_watchers: RefCell::new(Slab::new()),
             hibernated: Cell::new(0),
             failure: OnceCell::new(),
         });
@@ -172,6 +177,25 @@ impl Core {
     pub(crate) fn drain(&self, deadline: Instant) {
         self.draining.set(Some(deadline));
         self.tasks.wake_all();
+        let watchers: Vec<Waker> = self.drain_watchers.borrow().iter().map(|(_, waker)| waker.clone()).collect();
+        watchers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Keeps `waker` for the drain, in its place of an earlier call if there was one; where it is kept.
+    pub(crate) fn watch_drain(&self, place: Option<usize>, waker: &Waker) -> usize {
+        let mut watchers = self.drain_watchers.borrow_mut();
+        match place {
+            Some(place) => {
+                watchers[place].clone_from(waker);
+                place
+            }
+            None => watchers.insert(waker.clone()),
+        }
+    }
+
+    pub(crate) fn unwatch_drain(&self, place: usize) {
+        let waker = self.drain_watchers.borrow_mut().try_remove(place);
+        drop(waker);
     }
 
     pub(crate) fn note_hibernation(&self) {

@@ -218,7 +218,8 @@ impl Generation {
             while let Some(order) = seat.inbox.next_order() {
                 self.obey(order);
             }
-            while let Some(job) = seat.inbox.next_job() {
+            // Those there are now: one that posts another has announced it, for the next turn.
+            for job in (0..seat.inbox.jobs()).map_while(|_| seat.inbox.next_job()) {
                 job(&self.core);
             }
         }

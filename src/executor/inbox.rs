@@ -116,6 +116,11 @@ impl Inbox {
         self.orders.pop()
     }
 
+    /// Number of jobs that wait.
+    pub(crate) fn jobs(&self) -> usize {
+        self.jobs.len()
+    }
+
     pub(crate) fn next_job(&self) -> Option<Job> {
         self.jobs.pop()
     }

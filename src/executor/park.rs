@@ -41,7 +41,8 @@ impl Doorbell {
 
     /// Completes when the eventfd has been signalled since the last time, when `woken` is ready, or after `limit`.
     pub(crate) async fn wait(&mut self, limit: Duration, mut woken: impl FnMut(&mut Context<'_>) -> Poll<()>) {
-        let mut timer = Timer::new(limit);
+        // A timer of zero would never yield to glommio.
+        let mut timer = Timer::new(limit.max(HAND_OVER));
         poll_fn(|context| {
             if self.poll_rung(context).is_ready() || woken(context).is_ready() {
                 return Poll::Ready(());

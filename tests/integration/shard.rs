@@ -150,3 +150,66 @@ fn a_shard_knows_when_its_executor_drains() {
     assert_eq!(client.answer().status, 200);
     assert!(settle(exit).expect("it stops").drained);
 }
+
+/// Polls its future only when that future's own waker has been used, as `FuturesUnordered` does.
+struct OnlyWhenWoken<F> {
+    future: std::pin::Pin<Box<F>>,
+    woken: std::sync::Arc<Flag>,
+}
+
+#[derive(Default)]
+struct Flag {
+    set: std::sync::atomic::AtomicBool,
+    outer: std::sync::Mutex<Option<std::task::Waker>>,
+}
+
+impl std::task::Wake for Flag {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.set.store(true, std::sync::atomic::Ordering::SeqCst);
+        let outer = self.outer.lock().expect("nobody panics with it").take();
+        outer.into_iter().for_each(std::task::Waker::wake);
+    }
+}
+
+impl<F: Future> Future for OnlyWhenWoken<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: std::pin::Pin<&mut Self>, context: &mut std::task::Context<'_>) -> std::task::Poll<Self::Output> {
+        *self.woken.outer.lock().expect("nobody panics with it") = Some(context.waker().clone());
+        if !self.woken.set.swap(false, std::sync::atomic::Ordering::SeqCst) {
+            return std::task::Poll::Pending;
+        }
+        let waker = std::task::Waker::from(std::sync::Arc::clone(&self.woken));
+        self.future.as_mut().poll(&mut std::task::Context::from_waker(&waker))
+    }
+}
+
+#[test]
+fn a_drain_is_heard_inside_a_combinator_with_wakers_of_its_own() {
+    let (sender, receiver) = mpsc::channel();
+    let server = local(1).serve(async move |shard: Shard| {
+        let (sender, draining) = (sender.clone(), shard.draining());
+        let woken = std::sync::Arc::new(Flag::default());
+        woken.set.store(true, std::sync::atomic::Ordering::SeqCst);
+        let only_when_woken = OnlyWhenWoken { future: Box::pin(draining), woken };
+        drop(shard.spawn(async move {
+            only_when_woken.await;
+            sender.send(())
+        }));
+        // A second handler that waits keeps the drain from being over at once.
+        let waiting = shard.clone();
+        Ok(service_fn(async move |_: Request| {
+            waiting.draining().await;
+            waiting.sleep(Duration::from_millis(50)).await;
+            Ok(Response::new(Body::empty()))
+        }))
+    });
+    let site = Site::start(server);
+    let mut client = site.connect();
+    client.ask("/");
+    crate::support::eventually("the handler runs", || site.stats().executors[0].in_flight == 1);
+    let exit = site.stop(Stop::Drain(crate::support::BOUND));
+    receiver.recv_timeout(crate::support::BOUND).expect("the combinator hears of the drain");
+    assert_eq!(client.answer().status, 200);
+    settle(exit).expect("the server stops");
+}
