@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -178,9 +178,4 @@ impl Acceptor {
 
 fn reserve() -> Option<OwnedFd> {
     std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
-}
-
-/// For watching a listener in the ring.
-pub(crate) fn watched(listener: &Listener) -> BorrowedFd<'_> {
-    listener.fd.as_fd()
 }

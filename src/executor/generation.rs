@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::accept::{Acceptor, watched};
+use super::accept::Acceptor;
 use super::core::{Core, Failure};
 use super::inbox::Order;
 use super::park::{Doorbell, hand_over};
@@ -233,7 +233,7 @@ impl Generation {
         for listener in self.arrivals.unwatched.drain(..) {
             if let Some(acceptor) = &self.acceptor {
                 let watch =
-                    self.core.driver().watch_listener(watched(&acceptor.listeners()[listener as usize]), listener);
+                    self.core.driver().watch_listener(acceptor.listeners()[listener as usize].fd.as_fd(), listener);
                 self.watches[listener as usize] = watch;
             }
         }
@@ -316,7 +316,7 @@ impl Generation {
         let open_max = self.core.settings.connections_max;
         if let (Some(listeners), None) = (seat.listeners(), self.core.draining()) {
             for (index, listener) in listeners.iter().enumerate() {
-                let watch = self.core.driver().watch_listener(watched(listener), index as u32);
+                let watch = self.core.driver().watch_listener(listener.fd.as_fd(), index as u32);
                 self.watches.push(watch);
             }
             self.acceptor = Some(Acceptor::new(listeners, open_max));

@@ -4,7 +4,6 @@
 //! inbox signals. Both belong to the slot's outer future, for a glommio file is to be closed before the executor ends.
 
 use std::future::{Future, poll_fn};
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -81,9 +80,4 @@ impl AsFd for Doorbell {
         // SAFETY: the file is open as long as `self` is.
         unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }
     }
-}
-
-/// Doubles a descriptor, close-on-exec.
-pub(crate) fn double(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    fd.try_clone_to_owned()
 }

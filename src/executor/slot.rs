@@ -14,7 +14,7 @@ use super::accept::Listener;
 use super::cells::Cells;
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
-use super::park::{Doorbell, double, hand_over};
+use super::park::{Doorbell, hand_over};
 use crate::server::Factory;
 use crate::settings::Settings;
 use crate::sys::eventfd::EventFd;
@@ -169,6 +169,6 @@ async fn outer(seat: &SlotSeat) {
 
 fn bells(seat: &SlotSeat) -> std::io::Result<(Doorbell, Doorbell)> {
     let ring = EventFd::new()?;
-    let inbox = double(seat.inbox.as_fd())?;
+    let inbox = seat.inbox.as_fd().try_clone_to_owned()?;
     Ok((Doorbell::new(ring.into()), Doorbell::new(inbox)))
 }

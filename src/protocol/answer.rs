@@ -161,21 +161,24 @@ pub(crate) fn respond<B: HttpBody>(
     in_flight: InFlight,
 ) -> Response<AnswerBody<B>> {
     // hyper says so by itself only for requests that came before it was told of the drain.
-    let closing = in_flight.core.draining().is_some();
+    let draining = in_flight.core.draining().is_some();
     let mut response = match result {
         Ok(Ok(response)) => response.map(|body| AnswerBody { body: Some(body), text: None, in_flight }),
         Ok(Err(error)) => refuse(error, in_flight),
         Err(panic) => {
             report_panic(&in_flight.core, &panic);
-            let mut response = text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight);
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            response
+            closing_text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)
         }
     };
-    if closing {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    if draining {
+        close_after(&mut response);
     }
     response
+}
+
+/// Makes this the connection's last response.
+fn close_after<B>(response: &mut Response<B>) {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
 }
 
 fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
@@ -183,16 +186,21 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
         return text(reject.status(), Some(reject.to_string()), in_flight);
     }
     if let Some(body) = error.downcast_ref::<BodyError>() {
-        let mut response = text(body.status(), Some(body.to_string()), in_flight);
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-        return response;
+        return closing_text(body.status(), Some(body.to_string()), in_flight);
     }
     tracing::error!(slot = in_flight.core.slot, %error, "a service failed; answered 500");
     text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)
 }
 
+/// [`text`], after which the connection is closed.
+pub(crate) fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
+    let mut response = text(status, why, in_flight);
+    close_after(&mut response);
+    response
+}
+
 /// A response with a line of text: `why`, or the status in words.
-pub(crate) fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let line = why.unwrap_or_else(|| status.canonical_reason().unwrap_or("error").to_owned());
     let text = Some(Bytes::from(format!("{line}\n")));
     let mut response = Response::new(AnswerBody { body: None, text, in_flight });

@@ -14,13 +14,14 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header};
+use http::StatusCode;
 use http_body::Body as HttpBody;
 use hyper::body::Incoming;
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 
-use super::answer::{AnswerBody, Contained, InFlight, respond, text};
+use super::answer::{Contained, InFlight, closing_text, respond};
+use crate::BoxError;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
 use crate::executor::generation::DRAIN_GRACE;
@@ -30,7 +31,6 @@ use crate::server::Connect;
 use crate::service::Service;
 use crate::settings::HttpLimits;
 use crate::time::Sleep;
-use crate::{BoxError, Response};
 
 /// How long the rest of a request that was not read is thrown away before the connection is closed, so that the client
 /// gets to read the answer: closing on unread bytes sends RST, which destroys it. nginx's `lingering_timeout` is 5 s.
@@ -83,7 +83,7 @@ impl<S: Service> Speak for Http1<S> {
             });
             async move {
                 if oversized {
-                    return Ok::<_, BoxError>(too_large(in_flight));
+                    return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
                 }
                 let result = Contained::new(service.call(request)).await;
                 Ok(respond(result, in_flight))
@@ -91,12 +91,6 @@ impl<S: Service> Speak for Http1<S> {
         });
         Box::pin(self.builder.serve_connection(io, answer))
     }
-}
-
-fn too_large<B>(in_flight: InFlight) -> Response<AnswerBody<B>> {
-    let mut response = text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight);
-    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    response
 }
 
 impl<S: Service> Connect for Http1<S> {
