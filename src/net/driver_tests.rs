@@ -387,7 +387,10 @@ fn kernel_view(inode: &str) -> String {
 impl Drive {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let options = RingOptions { buffers: [4, 8, 256][random.size(3)], buffer_bytes: 64 << random.below(3) };
+        let tiny = RingOptions { buffers: [4, 8, 256][random.size(3)], buffer_bytes: 64 << random.below(3) };
+        // With tiny buffers a burst stops a receive long before the limit on unread bytes does: one drive in four has
+        // those of a server.
+        let options = if seed % 4 == 3 { RingOptions::default() } else { tiny };
         let driver = Driver::new(options).expect("io_uring works here");
         let (connections, closed_inodes) = (Vec::new(), Vec::new());
         let mut drive =
