@@ -1,0 +1,98 @@
+//! Heartbeats: since when each slot's executor has been busy without coming to the end of a turn. Written by the
+//! executor with one plain store per turn, read by the supervisor and, where it can be loaded, by the steering program
+//! in the kernel.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+/// One slot's, with two cache lines to itself: adjacent lines are fetched in pairs.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Line(AtomicU64);
+
+/// The heartbeats of all slots of a server.
+#[derive(Debug)]
+pub struct Heartbeats {
+    lines: Box<[Line]>,
+}
+
+impl Heartbeats {
+    /// Of `slots` slots, in ordinary memory.
+    pub fn on_heap(slots: u16) -> Arc<Self> {
+        Arc::new(Self { lines: (0..slots).map(|_| Line::default()).collect() })
+    }
+
+    /// The heartbeat of one slot.
+    ///
+    /// # Panics
+    /// When there is no such slot.
+    pub fn of(self: &Arc<Self>, slot: u16) -> Heartbeat {
+        assert!(usize::from(slot) < self.lines.len(), "slot {slot} of {}", self.lines.len());
+        Heartbeat { all: Arc::clone(self), slot }
+    }
+}
+
+/// One slot's heartbeat: one executor writes, anybody reads.
+#[derive(Debug, Clone)]
+pub struct Heartbeat {
+    all: Arc<Heartbeats>,
+    slot: u16,
+}
+
+impl Heartbeat {
+    fn line(&self) -> &AtomicU64 {
+        &self.all.lines[usize::from(self.slot)].0
+    }
+
+    /// A turn begins: the executor is busy since `now`.
+    pub fn busy(&self, now: Instant) {
+        self.line().store(monotonic_nanoseconds(now), Ordering::Relaxed);
+    }
+
+    /// There is nothing to do, or nobody to do it.
+    pub fn asleep(&self) {
+        self.line().store(0, Ordering::Relaxed);
+    }
+
+    /// How long the executor has been busy with one turn; `None` when it sleeps.
+    pub fn busy_for(&self, now: Instant) -> Option<Duration> {
+        match self.line().load(Ordering::Relaxed) {
+            0 => None,
+            since => Some(Duration::from_nanos(monotonic_nanoseconds(now).saturating_sub(since))),
+        }
+    }
+}
+
+/// `at` on CLOCK_MONOTONIC, as the kernel's `bpf_ktime_get_ns` tells it; `Instant` is that clock but keeps its figure to
+/// itself. Never 0.
+fn monotonic_nanoseconds(at: Instant) -> u64 {
+    static ORIGIN: LazyLock<(Instant, u64)> = LazyLock::new(|| {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `time` is live, exclusively borrowed memory; the clock exists on every kernel.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+        (Instant::now(), time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+    });
+    let (origin, nanoseconds) = *ORIGIN;
+    match at.checked_duration_since(origin) {
+        Some(after) => nanoseconds + after.as_nanos() as u64,
+        None => nanoseconds.saturating_sub((origin - at).as_nanos() as u64).max(1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_heartbeat_tells_how_long_a_turn_takes_and_whether_there_is_one() {
+        let all = Heartbeats::on_heap(2);
+        let (one, other) = (all.of(0), all.of(1));
+        let now = Instant::now();
+        one.busy(now);
+        assert_eq!(one.busy_for(now + Duration::from_millis(30)), Some(Duration::from_millis(30)));
+        assert_eq!(other.busy_for(now), None);
+        one.asleep();
+        assert_eq!(one.busy_for(now), None);
+    }
+}
