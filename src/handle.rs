@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use crate::Error;
 use crate::executor::cells::Cells;
 use crate::order::{Order, Promise};
 use crate::shard::SlotId;
-use crate::supervisor::Message;
+use crate::supervisor::post::{Message, Post};
 
 /// How to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +44,8 @@ pub struct ExecutorStats {
     pub generation: u64,
     /// Connections accepted.
     pub accepted: u64,
+    /// Those of them that waited for another slot's executor, which could not accept them.
+    pub rescued: u64,
     /// Connections open now.
     pub open: u64,
     /// Requests handed to the service.
@@ -69,6 +70,7 @@ impl ExecutorStats {
             slot: SlotId(slot),
             generation: cells.generation.get(),
             accepted: cells.accepted.get(),
+            rescued: cells.rescued.get(),
             open: cells.open.get(),
             requests: cells.requests.get(),
             in_flight: cells.in_flight.get(),
@@ -98,7 +100,7 @@ pub(crate) struct Shared {
     pub slots: Vec<Slot>,
     pub connections_max: u64,
     pub ready: AtomicBool,
-    pub messages: Sender<Message>,
+    pub post: Post,
     pub exit: Mutex<Waiting>,
 }
 
@@ -178,7 +180,7 @@ impl Handle {
     /// Orders a stop. A second order during a drain makes it stop at once if it says [`Stop::Now`].
     pub fn stop(&self, how: Stop) -> Order<Exit> {
         // The supervisor is gone when the server has ended, and then the outcome is there.
-        let _ = self.0.messages.send(Message::Stop(how));
+        self.0.post.send(Message::Stop(how));
         self.0.exit()
     }
 }
@@ -226,7 +228,7 @@ impl Deref for Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if !self.joined {
-            let _ = self.handle.0.messages.send(Message::Stop(Stop::Now));
+            self.handle.0.post.send(Message::Stop(Stop::Now));
         }
     }
 }

@@ -27,7 +27,7 @@ pub struct Echo {
 
 impl Echo {
     pub fn new(sockets: Vec<OwnedFd>) -> io::Result<Self> {
-        let mut driver = Driver::new(RingOptions::default())?;
+        let mut driver = Driver::new(RingOptions::default(), Arc::default())?;
         let keys = sockets.into_iter().map(|fd| driver.adopt(fd)).collect();
         let (arrivals, chunk) = (Arrivals::default(), Vec::new());
         Ok(Self { driver, keys, arrivals, chunk, enters: 0, sends: 0, messages: 0 })
@@ -86,7 +86,7 @@ pub struct Receiver {
 impl Receiver {
     pub fn new() -> io::Result<(Poster, Self)> {
         let inbox = Arc::new(Inbox::new()?);
-        let mut driver = Driver::new(RingOptions { buffers: 1, buffer_bytes: 64 })?;
+        let mut driver = Driver::new(RingOptions { buffers: 1, buffer_bytes: 64 }, Arc::default())?;
         driver.watch_inbox(inbox.as_fd());
         Ok((Poster(Arc::clone(&inbox)), Self { inbox, driver, arrivals: Arrivals::default() }))
     }

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -23,8 +23,10 @@ use crate::service::Service;
 use crate::settings::{HttpLimits, Settings};
 use crate::shard::Shard;
 use crate::steering::{self, Table};
-use crate::supervisor::{self, Message, policy};
+use crate::supervisor::post::{self, Message, Post};
+use crate::supervisor::{self, policy};
 use crate::sys::bind::{self, ListenOptions};
+use crate::sys::heartbeats::Heartbeats;
 use crate::sys::{affinity, limits, membarrier, probe, procfs, socket};
 use crate::{BoxError, Error};
 
@@ -357,8 +359,9 @@ impl Server {
         let table = builder.table(&groups, cpus.len())?;
         let addresses = groups.iter().map(|group| group.address).collect();
         let settings = Arc::new(Settings { name: builder.name.clone(), connections_max, http: builder.http.clone() });
-        let (messages, inbox) = mpsc::channel();
-        let seats = seats(&cpus, groups, &settings, &factory, &messages)?;
+        let (post, inbox) = post::post()
+            .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
+        let seats = seats(&cpus, groups, &settings, &factory, &post)?;
         let slots = seats.iter().map(|seat| Slot { cpu: seat.cpu, cells: Arc::clone(&seat.cells) }).collect();
         let shared = Arc::new(Shared {
             addresses,
@@ -366,7 +369,7 @@ impl Server {
             slots,
             connections_max,
             ready: AtomicBool::new(false),
-            messages,
+            post,
             exit: Mutex::new(Waiting::For(Vec::new())),
         });
         supervisor::start(builder.supervision(), seats, table, shared, inbox)
@@ -509,22 +512,22 @@ fn seats(
     groups: Vec<Group>,
     settings: &Arc<Settings>,
     factory: &Arc<dyn Factory>,
-    messages: &mpsc::Sender<Message>,
+    post: &Post,
 ) -> Result<Vec<Arc<SlotSeat>>, Error> {
     let mut groups: Vec<(Arc<str>, _)> =
         groups.into_iter().map(|group| (Arc::from(group.address.to_string()), group.listeners.into_iter())).collect();
+    let heartbeats = Heartbeats::on_heap(cpus.len() as u16);
     let mut seats = Vec::new();
     for (slot, cpu) in cpus.iter().enumerate() {
         let listeners = groups
             .iter_mut()
             .filter_map(|(name, listeners)| Some(Listener { fd: listeners.next()?, name: Arc::clone(name) }))
             .collect();
-        let messages = messages.clone();
-        let reports: Reports = Arc::new(move |report: Report| {
-            // The supervisor outlives its slots' threads; those it has abandoned have nobody to tell.
-            let _ = messages.send(Message::Report(report));
-        });
-        let seat = SlotSeat::new(slot as u16, *cpu, Arc::clone(settings), Arc::clone(factory), reports, listeners)
+        let post = post.clone();
+        // The supervisor outlives its slots' threads; those it has abandoned have nobody to tell.
+        let reports: Reports = Arc::new(move |report: Report| post.send(Message::Report(report)));
+        let (slot, settings, factory) = (slot as u16, Arc::clone(settings), Arc::clone(factory));
+        let seat = SlotSeat::new(slot, *cpu, settings, factory, reports, heartbeats.of(slot), listeners)
             .map_err(|error| Error::new(Kind::System, format!("making the inbox of executor {slot}: {error}")))?;
         seats.push(seat);
     }

@@ -32,6 +32,8 @@ impl Cell {
 pub(crate) struct Cells {
     /// Connections accepted.
     pub accepted: Cell,
+    /// Connections taken over from the queue of a slot that could not accept them; among `accepted`.
+    pub rescued: Cell,
     /// Connections open now.
     pub open: Cell,
     /// Requests handed to the service.
@@ -44,10 +46,34 @@ pub(crate) struct Cells {
     pub shed: Cell,
     /// Connections closed by a timeout of ours.
     pub timed_out: Cell,
+    /// Nanoseconds in turns, up to the last one's begin: what utilisation is computed from.
+    pub busy: Cell,
     /// Turns of the executor.
     pub turns: Cell,
     /// Times it went to sleep.
     pub sleeps: Cell,
     /// The generation that lives, or lived last.
     pub generation: Cell,
+}
+
+impl Cells {
+    /// Counters that go on from these, for an executor that takes the place of this one.
+    pub(crate) fn successor(&self) -> Self {
+        let new = Self::default();
+        for (new, old) in [
+            (&new.accepted, &self.accepted),
+            (&new.rescued, &self.rescued),
+            (&new.requests, &self.requests),
+            (&new.panics_contained, &self.panics_contained),
+            (&new.shed, &self.shed),
+            (&new.timed_out, &self.timed_out),
+            (&new.busy, &self.busy),
+            (&new.turns, &self.turns),
+            (&new.sleeps, &self.sleeps),
+            (&new.generation, &self.generation),
+        ] {
+            new.set(old.get());
+        }
+        new
+    }
 }

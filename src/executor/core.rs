@@ -11,7 +11,7 @@ use std::time::Instant;
 use slab::Slab;
 
 use super::cells::Cells;
-use super::inbox::Inbox;
+use super::slot::SlotSeat;
 use super::tasks::{LocalFuture, OnPanic, Tasks};
 use crate::net::driver::Driver;
 use crate::net::ring::RingOptions;
@@ -62,27 +62,23 @@ pub(crate) struct Core {
 }
 
 impl Core {
+    /// Of generation `generation` in `seat`.
+    ///
     /// # Errors
     /// When the kernel refuses the ring.
-    pub(crate) fn new(
-        slot: u16,
-        generation: u64,
-        settings: Arc<Settings>,
-        inbox: Arc<Inbox>,
-        cells: Arc<Cells>,
-    ) -> std::io::Result<Rc<Self>> {
-        let driver = Driver::new(RingOptions::default())?;
+    pub(crate) fn new(seat: &SlotSeat, generation: u64) -> std::io::Result<Rc<Self>> {
+        let driver = Driver::new(RingOptions::default(), Arc::clone(&seat.sockets))?;
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed) + 1;
         let now = Instant::now();
         let core = Rc::new(Self {
             serial,
-            slot,
+            slot: seat.slot,
             generation,
-            cells,
-            settings,
+            cells: Arc::clone(&seat.cells),
+            settings: Arc::clone(&seat.settings),
             driver: RefCell::new(Some(driver)),
             wheel: RefCell::new(Wheel::new(now)),
-            tasks: Tasks::new(serial, inbox),
+            tasks: Tasks::new(serial, Arc::clone(&seat.inbox)),
             now: Cell::new(now),
             turn: Cell::new(0),
             draining: Cell::new(None),

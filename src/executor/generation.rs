@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::accept::Acceptor;
 use super::core::{Core, Failure};
-use super::inbox::Order;
+use super::inbox::{Handed, Order};
 use super::park::{Doorbell, hand_over};
 use super::slot::SlotSeat;
 use super::tasks::{OnPanic, message};
@@ -64,6 +64,8 @@ struct Generation {
     handed_over: Instant,
     /// Whether anything but a tick came since the last sleep.
     active: bool,
+    /// Up to when the time in turns has been counted; `None` after a sleep.
+    counted: Option<Instant>,
     /// Whether the supervisor has been told that the slot is full.
     full: bool,
     announced: bool,
@@ -93,11 +95,13 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
         ended: None,
         handed_over: Instant::now(),
         active: true,
+        counted: None,
         full: false,
         announced: false,
         core: Rc::clone(&core),
     };
     let ended = generation.turns(seat, bell, inbox_bell).await;
+    seat.heartbeat.busy(Instant::now());
     // The user's things may panic when they are dropped; the ring must come down all the same.
     let dropped = catch_unwind(AssertUnwindSafe(|| {
         core.tasks.clear();
@@ -111,12 +115,12 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
         );
     }
     core.tear_down();
+    seat.heartbeat.asleep();
     ended
 }
 
 fn start(seat: &SlotSeat, number: u64, bell: &Doorbell) -> io::Result<Rc<Core>> {
-    let core =
-        Core::new(seat.slot, number, Arc::clone(&seat.settings), Arc::clone(&seat.inbox), Arc::clone(&seat.cells))?;
+    let core = Core::new(seat, number)?;
     seat.cells.generation.set(number);
     seat.cells.open.set(0);
     seat.cells.in_flight.set(0);
@@ -165,6 +169,7 @@ impl Generation {
                     self.core.driver().ring().signal_eventfd(true);
                     // What the kernel completed before the signal was switched on would ring no bell.
                     if !self.core.driver().ring().wants_enter() {
+                        self.rest(seat);
                         // The inbox rings by itself. By way of our ring it would be late or not heard: inside the wake-up
                         // of one eventfd the kernel puts off signalling another (`io_eventfd_signal`) by an RCU grace
                         // period, and 6.18 never does so a second time.
@@ -187,8 +192,7 @@ impl Generation {
 
     fn turn(&mut self, seat: &SlotSeat) -> Next {
         let core = Rc::clone(&self.core);
-        core.begin_turn(Instant::now());
-        core.cells.turns.add(1);
+        self.begin_turn(seat);
         self.take_in(seat);
         core.fire_timers();
         self.accept();
@@ -198,6 +202,24 @@ impl Generation {
         core.driver().end_turn();
         self.announce(seat);
         if self.is_over() { Next::End } else { self.sleep_or_go_on(seat) }
+    }
+
+    fn begin_turn(&mut self, seat: &SlotSeat) {
+        let now = Instant::now();
+        seat.heartbeat.busy(now);
+        if let Some(before) = self.counted.replace(now) {
+            self.core.cells.busy.add(now.saturating_duration_since(before).as_nanos() as u64);
+        }
+        self.core.begin_turn(now);
+        self.core.cells.turns.add(1);
+    }
+
+    /// The executor is about to sleep: nobody is to take that for work.
+    fn rest(&mut self, seat: &SlotSeat) {
+        if let Some(before) = self.counted.take() {
+            self.core.cells.busy.add(before.elapsed().as_nanos() as u64);
+        }
+        seat.heartbeat.asleep();
     }
 
     /// Completions of the ring and what is in the inbox.
@@ -218,6 +240,7 @@ impl Generation {
             while let Some(order) = seat.inbox.next_order() {
                 self.obey(order);
             }
+            self.adopt_handed(seat);
             // Those there are now: one that posts another has announced it, for the next turn.
             for job in (0..seat.inbox.jobs()).map_while(|_| seat.inbox.next_job()) {
                 job(&self.core);
@@ -267,6 +290,16 @@ impl Generation {
             self.active = true;
             acceptor
                 .accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
+        }
+    }
+
+    /// Takes over what the supervisor accepted for this executor. Before the service is there it waits.
+    fn adopt_handed(&mut self, seat: &SlotSeat) {
+        let Some(connect) = self.connect.borrow().clone() else { return };
+        while let Some(Handed { fd, peer, listener }) = seat.inbox.next_handed() {
+            self.core.cells.accepted.add(1);
+            self.core.cells.rescued.add(1);
+            adopt(&self.core, Rc::clone(&connect), fd, peer, &listener);
         }
     }
 
@@ -321,6 +354,7 @@ impl Generation {
             }
             self.acceptor = Some(Acceptor::new(listeners, open_max));
         }
+        self.adopt_handed(seat);
         seat.ready(self.core.generation);
         self.active = true;
     }
@@ -373,6 +407,7 @@ impl Generation {
         }
         let latest = now + HAND_OVER_GUARD;
         core.driver().wake_by(self.next_deadline().map_or(latest, |at| at.min(latest)), now);
+        self.rest(seat);
         self.enter(true);
         seat.inbox.awake();
         if core.now().duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn }

@@ -7,7 +7,9 @@
 //! messages. Both steps are sequentially consistent, so at least one of the two sees the other.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Instant;
 
@@ -36,6 +38,14 @@ pub(crate) enum Order {
     Quit,
 }
 
+/// A connection that the supervisor accepted from the queue of a slot that cannot.
+pub(crate) struct Handed {
+    pub fd: OwnedFd,
+    pub peer: SocketAddr,
+    /// The name of the listener it came by.
+    pub listener: Arc<str>,
+}
+
 /// The inbox has [`JOBS_MAX`] jobs waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Full;
@@ -44,6 +54,8 @@ pub(crate) struct Inbox {
     /// Few, from the supervisor only: unbounded so that an order cannot be refused.
     orders: SegQueue<Order>,
     jobs: ArrayQueue<Job>,
+    /// From the supervisor only, which counts them against the executor's limit on connections.
+    handed: SegQueue<Handed>,
     /// Tasks woken from other threads; bounded by the number of tasks, for a task is queued once.
     wakes: SegQueue<u32>,
     filled: AtomicBool,
@@ -56,6 +68,7 @@ impl Inbox {
         Ok(Self {
             orders: SegQueue::new(),
             jobs: ArrayQueue::new(JOBS_MAX),
+            handed: SegQueue::new(),
             wakes: SegQueue::new(),
             filled: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
@@ -75,6 +88,11 @@ impl Inbox {
         self.jobs.push(job).map_err(|_| Full)?;
         self.announce();
         Ok(())
+    }
+
+    pub(crate) fn hand(&self, connection: Handed) {
+        self.handed.push(connection);
+        self.announce();
     }
 
     pub(crate) fn wake(&self, task: u32) {
@@ -123,6 +141,15 @@ impl Inbox {
 
     pub(crate) fn next_job(&self) -> Option<Job> {
         self.jobs.pop()
+    }
+
+    pub(crate) fn next_handed(&self) -> Option<Handed> {
+        self.handed.pop()
+    }
+
+    /// Number of connections handed over and not yet adopted.
+    pub(crate) fn handed(&self) -> usize {
+        self.handed.len()
     }
 
     pub(crate) fn next_wake(&self) -> Option<u32> {
@@ -194,7 +221,8 @@ mod tests {
                 })
             })
             .collect();
-        let mut driver = Driver::new(RingOptions { buffers: 1, buffer_bytes: 64 }).expect("io_uring works here");
+        let mut driver =
+            Driver::new(RingOptions { buffers: 1, buffer_bytes: 64 }, Arc::default()).expect("io_uring works here");
         driver.watch_inbox(inbox.as_fd());
         let (mut next, mut left, mut sleeps) = ([0; POSTERS as usize], POSTERS * WAKES, 0_u32);
         let mut arrivals = Arrivals::default();

@@ -15,9 +15,12 @@ use super::cells::Cells;
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
 use super::park::{Doorbell, hand_over};
+use crate::net::registry::Registry;
 use crate::server::Factory;
 use crate::settings::Settings;
+use crate::sys::cpu_clock::ThreadClock;
 use crate::sys::eventfd::EventFd;
+use crate::sys::heartbeats::Heartbeat;
 
 /// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
 const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
@@ -50,7 +53,12 @@ pub(crate) struct SlotSeat {
     pub factory: Arc<dyn Factory>,
     pub inbox: Arc<Inbox>,
     pub cells: Arc<Cells>,
+    pub heartbeat: Heartbeat,
+    /// The open sockets of its executor.
+    pub sockets: Arc<Registry>,
     pub reports: Reports,
+    /// The CPU clock of the thread that lives here, once it does.
+    clock: Mutex<Option<ThreadClock>>,
     /// Closed when the last of supervisor and generation lets go, which is after a drain has begun.
     listeners: Mutex<Option<Arc<Vec<Listener>>>>,
 }
@@ -62,6 +70,7 @@ impl SlotSeat {
         settings: Arc<Settings>,
         factory: Arc<dyn Factory>,
         reports: Reports,
+        heartbeat: Heartbeat,
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
@@ -71,9 +80,43 @@ impl SlotSeat {
             factory,
             inbox: Arc::new(Inbox::new()?),
             cells: Arc::new(Cells::default()),
+            heartbeat,
+            sockets: Arc::default(),
             reports,
+            clock: Mutex::new(None),
             listeners: Mutex::new(Some(Arc::new(listeners))),
         }))
+    }
+
+    /// A seat for another thread in the place of this one's, which hangs and may come back at any time: it keeps its
+    /// inbox and its counters, so that each still has one writer. The new counters go on from the old ones.
+    ///
+    /// # Errors
+    /// When there is no descriptor for an inbox.
+    pub(crate) fn replacement(&self) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            slot: self.slot,
+            cpu: self.cpu,
+            settings: Arc::clone(&self.settings),
+            factory: Arc::clone(&self.factory),
+            inbox: Arc::new(Inbox::new()?),
+            cells: Arc::new(self.cells.successor()),
+            heartbeat: self.heartbeat.clone(),
+            sockets: Arc::default(),
+            reports: Arc::clone(&self.reports),
+            clock: Mutex::new(None),
+            listeners: Mutex::new(self.listeners()),
+        }))
+    }
+
+    /// CPU time used by the thread that lives here; `None` when there is none.
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        let clock = *self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        clock.and_then(|clock| clock.read().ok())
+    }
+
+    fn occupy(&self, clock: Option<ThreadClock>) {
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = clock;
     }
 
     /// The slot's listeners, until the server stops.
@@ -103,6 +146,8 @@ pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<JoinHan
     let name = format!("{}-{}", seat.settings.name, seat.slot);
     std::thread::Builder::new().name(name).spawn(move || {
         let _guard = ThreadGuard(Arc::clone(&seat), thread);
+        // Without a clock a starved executor is taken for a stalled one.
+        seat.occupy(ThreadClock::current().ok());
         execute(&seat);
     })
 }
@@ -112,6 +157,8 @@ struct ThreadGuard(Arc<SlotSeat>, u32);
 
 impl Drop for ThreadGuard {
     fn drop(&mut self) {
+        self.0.occupy(None);
+        self.0.heartbeat.asleep();
         (self.0.reports)(Report::ThreadEnded { slot: self.0.slot, thread: self.1 });
     }
 }

@@ -9,12 +9,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use slab::Slab;
 use smallvec::SmallVec;
 
+use super::registry::{Registered, Registry};
 use super::ring::{Buffer, Completion, OperationKey, Purpose, Ring, RingOptions};
 use crate::sys::socket;
 
@@ -44,7 +46,7 @@ enum Receive {
 }
 
 struct Socket {
-    fd: OwnedFd,
+    fd: Registered,
     /// Received in this turn, not yet read. In place: a block of heap per connection, made between the buffers of
     /// protocols, would keep the memory of those from ever going back to the system.
     fresh: SmallVec<[Buffer; 2]>,
@@ -92,6 +94,7 @@ pub(crate) struct Arrivals {
 }
 
 pub(crate) struct Driver {
+    registry: Arc<Registry>,
     ring: Ring,
     sockets: Slab<Socket>,
     completions: Vec<Completion>,
@@ -109,8 +112,10 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) fn new(options: RingOptions) -> io::Result<Self> {
+    /// A driver whose sockets are entered in `registry`.
+    pub(crate) fn new(options: RingOptions, registry: Arc<Registry>) -> io::Result<Self> {
         Ok(Self {
+            registry,
             ring: Ring::new(options)?,
             sockets: Slab::new(),
             completions: Vec::with_capacity(256),
@@ -139,7 +144,7 @@ impl Driver {
     /// Adopts a connected, non-blocking socket and starts receiving from it.
     pub(crate) fn adopt(&mut self, fd: OwnedFd) -> u32 {
         let key = self.sockets.insert(Socket {
-            fd,
+            fd: Registered::new(fd, &self.registry),
             fresh: SmallVec::new(),
             fresh_offset: 0,
             unread: Vec::new(),

@@ -80,7 +80,7 @@ fn turn_until(driver: &mut Driver, what: &str, mut done: impl FnMut(&mut Driver)
 }
 
 fn driver(buffers: u16, buffer_bytes: u32) -> Driver {
-    Driver::new(RingOptions { buffers, buffer_bytes }).expect("io_uring works here")
+    Driver::new(RingOptions { buffers, buffer_bytes }, Arc::default()).expect("io_uring works here")
 }
 
 /// Reads `limit` bytes at most; `None` when there is nothing yet.
@@ -391,7 +391,7 @@ impl Drive {
         // With tiny buffers a burst stops a receive long before the limit on unread bytes does: one drive in four has
         // those of a server.
         let options = if seed % 4 == 3 { RingOptions::default() } else { tiny };
-        let driver = Driver::new(options).expect("io_uring works here");
+        let driver = Driver::new(options, Arc::default()).expect("io_uring works here");
         let (connections, closed_inodes) = (Vec::new(), Vec::new());
         let mut drive =
             Self { seed, random, options, driver, connections, next_id: 0, closed_inodes, seen: Seen::default() };

@@ -3,6 +3,7 @@
 pub(crate) mod driver;
 #[cfg(test)]
 mod driver_tests;
+pub(crate) mod registry;
 pub(crate) mod ring;
 pub(crate) mod stream;
 pub(crate) mod wheel;

@@ -2,14 +2,16 @@
 //! signals) into events for the pure [`policy`], and carries out the actions that come back. It decides nothing itself.
 
 pub(crate) mod policy;
+pub(crate) mod post;
+mod rescue;
 mod signals;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::error::Kind;
@@ -20,16 +22,13 @@ use crate::executor::slot::{self, Report, SlotSeat};
 use crate::handle::{Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
+use crate::sys::poll::wait_readable;
 use policy::{Action, End, Event, Outcome, Policy, Readiness, StopMode, Stopped};
+use post::{Message, PostBox};
+use rescue::Rescue;
 
-/// What the supervisor's thread is told.
-#[derive(Debug)]
-pub(crate) enum Message {
-    Report(Report),
-    Stop(Stop),
-    /// A signal that asks to stop.
-    Signal(i32),
-}
+/// How soon connections that no executor had room for are tried again.
+const RESCUE_AGAIN: Duration = Duration::from_millis(10);
 
 /// How a server is to be supervised.
 pub(crate) struct Supervision {
@@ -54,6 +53,7 @@ struct Supervisor {
     starting: Option<Promise<Running>>,
     /// What the last failure of each slot said, for messages.
     failures: HashMap<u16, String>,
+    rescue: Rescue,
     signals: Option<signals::Watch>,
     stop_signals: u32,
 }
@@ -64,9 +64,9 @@ pub(crate) fn start(
     seats: Vec<Arc<SlotSeat>>,
     table: Table,
     shared: Arc<Shared>,
-    inbox: Receiver<Message>,
+    inbox: PostBox,
 ) -> Result<Order<Running>, Error> {
-    let signals = supervision.stop_on_signals.then(|| signals::watch(shared.messages.clone())).transpose();
+    let signals = supervision.stop_on_signals.then(|| signals::watch(shared.post.clone())).transpose();
     let signals = signals.map_err(|error| Error::new(Kind::System, format!("watching for signals: {error}")))?;
     let (promise, order) = Order::new();
     let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
@@ -81,6 +81,7 @@ pub(crate) fn start(
         shared,
         starting: Some(promise),
         failures: HashMap::new(),
+        rescue: Rescue::default(),
         signals,
         stop_signals: 0,
     };
@@ -92,10 +93,10 @@ pub(crate) fn start(
 }
 
 impl Supervisor {
-    fn run(mut self, inbox: &Receiver<Message>) {
-        let mut event = Some(Event::Start);
+    fn run(mut self, inbox: &PostBox) {
+        let mut events = VecDeque::from([Event::Start]);
         loop {
-            if let Some(event) = event {
+            while let Some(event) = events.pop_front() {
                 for action in self.policy.step(event, Instant::now()) {
                     if let Action::Exit(outcome) = action {
                         return self.exit(outcome);
@@ -103,28 +104,50 @@ impl Supervisor {
                     self.act(action);
                 }
             }
-            event = self.next_event(inbox);
+            self.wait(inbox, &mut events);
         }
     }
 
-    /// Waits for what happens next: a message, or the policy's deadline. Messages come before a deadline that has
-    /// passed meanwhile.
-    fn next_event(&mut self, inbox: &Receiver<Message>) -> Option<Event> {
-        let received = match self.policy.next_deadline() {
-            Some(deadline) => inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())),
-            None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-        };
-        match received {
-            Ok(Message::Report(report)) => self.event_of(report),
-            Ok(Message::Stop(how)) => Some(Event::Stop(match how {
+    /// Waits for what happens next: a message, a connection to rescue, or something due.
+    fn wait(&mut self, inbox: &PostBox, events: &mut VecDeque<Event>) {
+        let again = self.rescue.is_blocked().then(|| Instant::now() + RESCUE_AGAIN);
+        let due = [self.policy.next_deadline(), again].into_iter().flatten().min();
+        let timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
+        let ready = wait_readable(&waited, timeout).unwrap_or_else(|error| {
+            tracing::error!(%error, "the supervisor cannot wait; it looks again in 10 ms");
+            std::thread::sleep(RESCUE_AGAIN);
+            Vec::new()
+        });
+        if ready.first() == Some(&0) {
+            inbox.answer_bell();
+        }
+        while let Some(message) = inbox.next() {
+            events.extend(self.event_of_message(message));
+        }
+        if ready.last().is_some_and(|last| *last > 0) || again.is_some() {
+            self.rescue();
+        }
+        // After the messages: what has come in time is not to be found late.
+        if self.policy.next_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+            events.push_back(Event::Tick);
+        }
+    }
+
+    fn event_of_message(&mut self, message: Message) -> Option<Event> {
+        match message {
+            Message::Report(report) => self.event_of(report),
+            Message::Stop(how) => Some(Event::Stop(match how {
                 Stop::Now => StopMode::Now,
                 Stop::Drain(limit) => StopMode::Drain { deadline: Some(limit) },
             })),
-            Ok(Message::Signal(signal)) => Some(self.event_of_signal(signal)),
-            Err(RecvTimeoutError::Timeout) => Some(Event::Tick),
-            // `shared` holds a sender.
-            Err(RecvTimeoutError::Disconnected) => unreachable!("the supervisor holds a sender of its own channel"),
+            Message::Signal(signal) => Some(self.event_of_signal(signal)),
         }
+    }
+
+    fn rescue(&mut self) {
+        let receivers: Vec<u16> = self.active.iter().copied().filter(|slot| !self.full.contains(slot)).collect();
+        self.rescue.run(&self.seats, &receivers);
     }
 
     fn event_of_signal(&mut self, signal: i32) -> Event {
@@ -250,7 +273,7 @@ impl Supervisor {
                     let report = Report::ThreadEnded { slot, thread };
                     // Known as if it had lived, so that the report counts.
                     self.threads.insert((slot, thread), std::thread::spawn(|| ()));
-                    let _ = self.shared.messages.send(Message::Report(report));
+                    self.shared.post.send(Message::Report(report));
                     return;
                 }
             }

@@ -1,13 +1,12 @@
 //! SIGTERM and SIGINT, for servers that asked for it.
 
 use std::io;
-use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
-use super::Message;
+use super::post::{Message, Post};
 
 /// Until [`Watch::end`], signals become messages.
 pub(super) struct Watch {
@@ -15,14 +14,12 @@ pub(super) struct Watch {
     thread: JoinHandle<()>,
 }
 
-pub(super) fn watch(messages: Sender<Message>) -> io::Result<Watch> {
+pub(super) fn watch(post: Post) -> io::Result<Watch> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let handle = signals.handle();
     let thread = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for signal in signals.forever() {
-            if messages.send(Message::Signal(signal)).is_err() {
-                break;
-            }
+            post.send(Message::Signal(signal));
         }
     })?;
     Ok(Watch { handle, thread })

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use super::socket::check;
 
 /// A close-on-exec eventfd(2) in blocking mode: a ring's read of a non-blocking one would answer EAGAIN instead of
-/// waiting. Nothing but a ring reads it.
+/// waiting. But for [`EventFd::clear`] only rings read it.
 #[derive(Debug)]
 pub struct EventFd(OwnedFd);
 
@@ -27,6 +27,14 @@ impl EventFd {
         // SAFETY: eight live bytes, only read.
         let written = unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
         debug_assert!(written == 8, "writing an eventfd: {}", io::Error::last_os_error());
+    }
+
+    /// Takes the signals there are; to be called when it has been found readable, else it waits for one.
+    pub fn clear(&self) {
+        let mut count = 0_u64;
+        // SAFETY: eight live bytes, exclusively borrowed.
+        let read = unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
+        debug_assert!(read == 8, "reading an eventfd: {}", io::Error::last_os_error());
     }
 }
 

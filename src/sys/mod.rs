@@ -6,15 +6,12 @@
 
 pub mod affinity;
 pub mod bind;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog and rescue of the supervision to come"))]
 pub mod cpu_clock;
 pub mod eventfd;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog to come"))]
 pub mod heartbeats;
 pub mod limits;
 pub mod membarrier;
 pub mod memory;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog and rescue of the supervision to come"))]
 pub mod poll;
 pub mod probe;
 pub mod procfs;

@@ -7,7 +7,7 @@
 use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// What an error of [`accept`] means for the loop that accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,25 +95,22 @@ pub fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// Sends a FIN; the peer reads the end of the stream and can still answer.
 pub fn shutdown_write(fd: BorrowedFd<'_>) -> io::Result<()> {
-    shutdown(fd, libc::SHUT_WR)
-}
-
-/// Ends both directions at once. Operations waiting on the socket, in a ring too, complete.
-/// Never for a listener: it would reset every connection in its queue.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog and rescue of the supervision to come"))]
-pub fn shutdown_both(fd: BorrowedFd<'_>) -> io::Result<()> {
-    shutdown(fd, libc::SHUT_RDWR)
-}
-
-fn shutdown(fd: BorrowedFd<'_>, how: i32) -> io::Result<()> {
     // SAFETY: takes no memory; the descriptor is open for as long as it is borrowed.
-    check(unsafe { libc::shutdown(fd.as_raw_fd(), how) })
+    check(unsafe { libc::shutdown(fd.as_raw_fd(), libc::SHUT_WR) })
+}
+
+/// Ends both directions of the socket with this number at once. Operations waiting on it, in a ring too, complete, and the
+/// peer sees the end. Never for a listener: it would reset every connection in its queue.
+///
+/// By number, since the socket is another thread's: the caller sees to it that the number is still that socket's.
+pub fn shutdown_number(number: RawFd) -> io::Result<()> {
+    // SAFETY: takes no memory; a number that is no open socket is answered with an error.
+    check(unsafe { libc::shutdown(number, libc::SHUT_RDWR) })
 }
 
 /// Connections waiting in a listener's accept queue, and the most it holds (backlog).
 ///
 /// Full is `waiting > backlog`: the kernel admits one more than asked for.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog and rescue of the supervision to come"))]
 pub fn queue_depth(listener: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     // SAFETY: tcp_info is plain integers, for which all zeroes is a value.
     let mut info: libc::tcp_info = unsafe { mem::zeroed() };
@@ -371,7 +368,7 @@ mod tests {
         client.write_all(b"four").unwrap();
         wait_readable(&[server.as_fd()], Some(Duration::from_secs(5))).unwrap();
         assert_eq!(recv(server.as_fd(), &mut buffer).unwrap(), 4);
-        shutdown_both(server.as_fd()).unwrap();
+        shutdown_number(server.as_raw_fd()).unwrap();
         assert_eq!(recv(server.as_fd(), &mut buffer).unwrap(), 0);
     }
 

@@ -1,0 +1,68 @@
+//! What reaches the supervisor's thread, and how: a channel, and a bell that wakes a thread which also waits for
+//! listeners.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use crate::executor::slot::Report;
+use crate::handle::Stop;
+use crate::sys::eventfd::EventFd;
+
+/// What the supervisor is told.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Report(Report),
+    Stop(Stop),
+    /// A signal that asks to stop.
+    Signal(i32),
+}
+
+/// Sends messages to the supervisor; clone it as you like.
+#[derive(Debug, Clone)]
+pub(crate) struct Post {
+    messages: Sender<Message>,
+    bell: Arc<EventFd>,
+}
+
+/// The supervisor's side.
+#[derive(Debug)]
+pub(crate) struct PostBox {
+    messages: Receiver<Message>,
+    bell: Arc<EventFd>,
+}
+
+/// # Errors
+/// When descriptors run out.
+pub(crate) fn post() -> io::Result<(Post, PostBox)> {
+    let (sender, messages) = mpsc::channel();
+    let bell = Arc::new(EventFd::new()?);
+    Ok((Post { messages: sender, bell: Arc::clone(&bell) }, PostBox { messages, bell }))
+}
+
+impl Post {
+    /// A supervisor that has ended does not hear it.
+    pub(crate) fn send(&self, message: Message) {
+        if self.messages.send(message).is_ok() {
+            self.bell.signal();
+        }
+    }
+}
+
+impl PostBox {
+    pub(super) fn next(&self) -> Option<Message> {
+        self.messages.try_recv().ok()
+    }
+
+    /// To be called when the bell was found rung, before [`PostBox::next`].
+    pub(super) fn answer_bell(&self) {
+        self.bell.clear();
+    }
+}
+
+impl AsFd for PostBox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}
