@@ -500,6 +500,7 @@ impl Builder {
                 },
                 drain_deadline: self.drain_timeout,
                 start_timeout: self.start_timeout,
+                ..policy::Config::default()
             },
             stop_on_signals: self.stop_on_signals,
         }

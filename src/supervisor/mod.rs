@@ -215,7 +215,7 @@ impl Supervisor {
             Action::StartGeneration { slot, generation, thread, fresh_thread } => {
                 self.start_generation(slot, generation, thread, fresh_thread);
             }
-            Action::Drain { slot, deadline } => {
+            Action::Drain { slot, deadline, why: _ } => {
                 self.let_go_of_listeners();
                 self.seats[usize::from(slot)].inbox.order(SlotOrder::Drain { deadline });
             }
@@ -249,6 +249,16 @@ impl Supervisor {
                     "the slot is quarantined: it gets no executor until the server is restarted"
                 );
             }
+            Action::Condemn { .. }
+            | Action::Abort { .. }
+            | Action::Rescue(_)
+            | Action::Reattach
+            | Action::CloseListeners
+            | Action::Target { .. }
+            | Action::ScaleAnswer(_)
+            | Action::SpawnSuccessor { .. }
+            | Action::KillSuccessor { .. }
+            | Action::UpgradeAnswer(_) => tracing::debug!(?action, "not carried out yet"),
             Action::Exit(_) => unreachable!("handled by `run`"),
         }
     }

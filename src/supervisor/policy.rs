@@ -27,8 +27,13 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
-pub use config::{Config, RestartPolicy};
-pub use message::{Action, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, StopMode, Stopped};
+#[expect(unused_imports, reason = "the loop does not make use of them yet")]
+pub use config::{Config, HangPolicy, RestartPolicy, Scaling};
+#[expect(unused_imports, reason = "the loop does not make use of them yet")]
+pub use message::{
+    Action, DrainReason, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, ScaleRefusal, SlotLoad,
+    StopMode, Stopped, TargetReason, UpgradeRefusal,
+};
 use slot::{Limit, Random, Slot, State, Thread, Verdict, later};
 #[cfg_attr(not(test), expect(unused_imports, reason = "for the handle's view of the slots"))]
 pub use slot::{SlotState, SlotStatus};
@@ -107,6 +112,14 @@ impl Policy {
             Event::Ready { slot, generation } => self.ready(slot, generation, now),
             Event::Ended { slot, generation, how } => self.ended(slot, generation, how, now),
             Event::ThreadDied { slot, thread } => self.thread_died(slot, thread, now),
+            Event::Stalled { .. }
+            | Event::Starved { .. }
+            | Event::Recovered { .. }
+            | Event::Load { .. }
+            | Event::Scale { .. }
+            | Event::Upgrade
+            | Event::SuccessorReady { .. }
+            | Event::SuccessorFailed { .. } => {}
             Event::Stop(mode) => self.stop(mode, now),
             Event::Tick => self.tick(now),
         }
@@ -122,6 +135,19 @@ impl Policy {
             _ => None,
         };
         self.slots.iter().filter_map(|slot| slot.state.deadline()).chain(drain).min()
+    }
+
+    /// How often to take a sample for [`Event::Load`]. `None`: automatic scaling is off.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the loop takes no samples yet"))]
+    pub fn sample_period(&self) -> Option<Duration> {
+        let max = self.slots.len();
+        (usize::from(self.config.slots_min) < max).then_some(self.config.scaling.period)
+    }
+
+    /// How many executors are to run.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the handle's view of the slots"))]
+    pub fn target(&self) -> u16 {
+        self.slots.len() as u16
     }
 
     /// What a load balancer is told at present.
@@ -295,7 +321,7 @@ impl Policy {
                 (State::Ready { .. }, Some(deadline)) => {
                     slot.state = State::Draining;
                     let slot = slot.index;
-                    self.actions.push(Action::Drain { slot, deadline });
+                    self.actions.push(Action::Drain { slot, deadline, why: DrainReason::Stop });
                 }
                 (State::Idle | State::Backoff { .. }, _) => self.lay_down(index),
                 // A generation that is still starting has no connection to finish.
@@ -435,7 +461,7 @@ impl Policy {
             }
             Phase::Stopping { how, failed, .. } if !states.any(|s| s.is_live()) => {
                 let abandoned = abandoned();
-                Some(Outcome::Stopped { how, failed, abandoned })
+                Some(Outcome::Stopped { how, handed_over: false, failed, abandoned })
             }
             _ => None,
         }

@@ -11,10 +11,34 @@ pub struct Config {
     pub restart: RestartPolicy,
     /// How long a drain may take when the one who asks names no time. 30 s (DESIGN section 8).
     pub drain_deadline: Duration,
+    /// How long the executors go on accepting after readiness has turned false at a stop: the time that a load balancer
+    /// needs to notice. 0, as nginx and systemd expect; in Kubernetes what is otherwise a `preStop` sleep of some seconds.
+    pub drain_delay: Duration,
     /// How long a generation may take from the order to start until it is ready. 30 s: an executor is up
     /// in milliseconds, the rest is for the embedder's start-up code, and it is well within the 90 s that
     /// systemd grants a service.
     pub start_timeout: Duration,
+    /// The fewest executors that automatic scaling keeps. All slots, which is no automatic scaling: that is on where this
+    /// is below the number of slots. Values above the number of slots mean all.
+    pub slots_min: u16,
+    /// How many executors to start with; brought into the range from `slots_min` to the number of slots. All.
+    pub slots_start: u16,
+    /// How automatic scaling decides.
+    pub scaling: Scaling,
+    /// How long one turn of an executor may take until it is called stalled: the watchdog's limit. What lasts from the
+    /// beginning of the turn is counted from this long before [`Stalled`](super::Event::Stalled). 100 ms (DESIGN section 5).
+    pub stall_limit: Duration,
+    /// A turn that takes so long counts against readiness. 1 s (DESIGN section 5).
+    pub stalled_not_ready_after: Duration,
+    /// What becomes of an executor whose turn does not end.
+    pub hang: HangPolicy,
+    /// When a turn is held to have no end. 30 s (DESIGN section 5; gunicorn's `timeout` is as long); `None` is never.
+    pub hang_timeout: Option<Duration>,
+    /// With so many threads left behind that hung, a slot is quarantined and not restarted. 3: a hang takes
+    /// `hang_timeout`, so that the window of [`RestartPolicy`] never sees five of them. At least 1.
+    pub leaked_max: u16,
+    /// How long a successor may take to be ready. 60 s: twice `start_timeout`, and within systemd's 90 s.
+    pub upgrade_timeout: Duration,
 }
 
 impl Default for Config {
@@ -22,7 +46,89 @@ impl Default for Config {
         Self {
             restart: RestartPolicy::default(),
             drain_deadline: Duration::from_secs(30),
+            drain_delay: Duration::ZERO,
             start_timeout: Duration::from_secs(30),
+            slots_min: u16::MAX,
+            slots_start: u16::MAX,
+            scaling: Scaling::default(),
+            stall_limit: Duration::from_millis(100),
+            stalled_not_ready_after: Duration::from_secs(1),
+            hang: HangPolicy::default(),
+            hang_timeout: Some(Duration::from_secs(30)),
+            leaked_max: 3,
+            upgrade_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What becomes of an executor that has been stalled for [`Config::hang_timeout`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(test), expect(dead_code, reason = "the builder does not offer the choice yet"))]
+pub enum HangPolicy {
+    /// Its sockets are shut down, its thread is left behind, and another takes the slot.
+    #[default]
+    Replace,
+    /// The process is ended as by a crash.
+    Abort,
+    /// It is waited for; its slot gets no new connections.
+    Ignore,
+}
+
+/// When executors are added and removed by load. The model is uWSGI's `cheaper_busyness`; where a default is its
+/// default, that is said. It takes a sample every 3 s (`cheaper-overload`), we take one each second: times are the same.
+///
+/// Utilisation is added up over the running executors. One is added when their mean is above `high`; one is removed when
+/// the rest would have a mean of at most `low` with what is there. See `scaling.rs` for why these two cannot alternate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scaling {
+    /// Between two samples. 1 s. The loop takes the samples; the policy counts them.
+    pub period: Duration,
+    /// Mean utilisation above which one more is wanted, 0 to 1. 0.7: there a request waits 2.3 times as long as it is
+    /// served (M/M/1), at 0.9 nine times. uWSGI has 0.5, for workers that take one request at a time.
+    pub high: f32,
+    /// Mean utilisation that the rest may have after one was removed, 0 to 1, below `high`. 0.5; going from two to one,
+    /// that is uWSGI's `cheaper-busyness-min` of 25 %.
+    pub low: f32,
+    /// Samples in a row above `high` until one is added. 3: uWSGI's `cheaper-overload`, 3 s.
+    pub up_after: u32,
+    /// Samples in a row that allow it until one is removed. 30: uWSGI's `cheaper-busyness-multiplier` of 10 times 3 s.
+    pub down_after: u32,
+    /// Added to `down_after` for each time that one had to be added again within that many samples after one was removed;
+    /// taken off again as such times pass without. 6: uWSGI's `cheaper-busyness-penalty` of 2 times 3 s. `down_after`
+    /// grows to ten times its value at most.
+    pub reversal_penalty: u32,
+    /// Connections in the listen queues of running executors that are an emergency. 33: uWSGI's
+    /// `cheaper-busyness-backlog-alert`.
+    pub emergency_queue: u32,
+    /// Samples in a row with such queues until executors are added, whatever the utilisation. 2: one may be a burst
+    /// that the next turn takes.
+    pub emergency_after: u32,
+    /// How many are added at a time. 1: uWSGI's `cheaper-step`.
+    pub step_up: u16,
+    /// How many are removed at a time. 1, as uWSGI does.
+    pub step_down: u16,
+    /// How many are added in an emergency. 1: uWSGI's `cheaper-busyness-backlog-step`.
+    pub emergency_step: u16,
+    /// Samples after an order during which nothing is decided by load, emergencies apart. 60: whoever gives an order wants
+    /// to see it in force.
+    pub order_hold: u32,
+}
+
+impl Default for Scaling {
+    fn default() -> Self {
+        Self {
+            period: Duration::from_secs(1),
+            high: 0.7,
+            low: 0.5,
+            up_after: 3,
+            down_after: 30,
+            reversal_penalty: 6,
+            emergency_queue: 33,
+            emergency_after: 2,
+            step_up: 1,
+            step_down: 1,
+            emergency_step: 1,
+            order_hold: 60,
         }
     }
 }

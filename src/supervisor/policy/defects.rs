@@ -46,7 +46,7 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
         return Vec::new();
     }
     let event = if defect == Defect::BelieveStale { believe(policy, event) } else { event };
-    let mut actions = policy.step(event, now);
+    let mut actions = policy.step(event.clone(), now);
     spoil_actions(policy, defect, event, &mut actions, now);
     for slot in &mut policy.slots {
         spoil_state(defect, &mut slot.state, now);

@@ -259,7 +259,7 @@ impl World {
                 return Ok(());
             };
             let (_, event) = self.post.remove(first);
-            self.step(event)?;
+            self.step(event.clone())?;
             self.delivered.push(event);
             if self.dice.chance(self.temper.echoes) {
                 self.seen.push("stale");
@@ -270,7 +270,7 @@ impl World {
 
     /// Says again something that was said before, now or later.
     fn echo(&mut self) {
-        let old = self.delivered[self.dice.below(self.delivered.len() as u64) as usize];
+        let old = self.delivered[self.dice.below(self.delivered.len() as u64) as usize].clone();
         if !matches!(old, Event::Stop(_)) {
             let wait = self.dice.up_to(Duration::from_secs(5));
             self.post.push((self.now + wait, old));
@@ -280,7 +280,7 @@ impl World {
     fn step(&mut self, event: Event) -> Result<(), Broken> {
         let at = self.now - self.began;
         self.log.push(format!("{at:?} {event:?}"));
-        self.model.observe(event);
+        self.model.observe(&event);
         let actions = defects::step(&mut self.policy, self.defect, event, self.now);
         for action in actions {
             self.log.push(format!("    {action:?}"));
@@ -342,7 +342,7 @@ impl World {
         let rest = std::mem::take(&mut self.post).into_iter().map(|(_, event)| event);
         let again = [Event::Tick, Event::Stop(StopMode::Now), Event::Start];
         for event in rest.chain(again).chain(self.delivered.clone()) {
-            let actions = defects::step(&mut self.policy, self.defect, event, self.now);
+            let actions = defects::step(&mut self.policy, self.defect, event.clone(), self.now);
             if !actions.is_empty() || self.policy.next_deadline().is_some() {
                 return Err(Broken::new("one exit", format!("{event:?} led to {actions:?}")));
             }

@@ -18,18 +18,25 @@ pub struct SlotStatus {
     pub failures: u32,
     /// When the next generation starts, during a backoff.
     pub restart_at: Option<Instant>,
-    /// A thread that did not answer is still in this slot.
-    pub abandoned: bool,
+    /// Threads that did not answer, or hung, and were left behind in this slot.
+    pub abandoned: u16,
+    /// Whether the slot belongs to those that are to run; the others are spare, or on their way to it.
+    pub wanted: bool,
 }
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(test), expect(dead_code, reason = "stalls are not told apart yet"))]
 pub enum SlotState {
-    /// Nothing has been started yet.
+    /// Spare: nothing has been started, or it was scaled down.
     Idle,
     Starting,
     /// In service.
     Ready,
+    /// In service, but busy with one turn for too long.
+    Stalled,
+    /// In service, but its thread gets no CPU.
+    Starved,
     Draining,
     /// Told to stop at once.
     Stopping,
@@ -144,7 +151,8 @@ impl Slot {
             state,
             failures: self.in_a_row,
             restart_at,
-            abandoned: self.holds == Thread::Abandoned,
+            abandoned: u16::from(self.holds == Thread::Abandoned),
+            wanted: true,
         }
     }
 }

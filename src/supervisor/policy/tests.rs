@@ -221,10 +221,10 @@ fn the_last_table_stands_while_no_slot_is_ready() {
 fn a_dead_thread_is_joined_and_replaced_and_its_reports_are_stale() {
     let mut bench = Bench::started(1);
     let died = Event::ThreadDied { slot: 0, thread: 1 };
-    let actions = bench.step(died);
+    let actions = bench.step(died.clone());
     let replaced = [Action::Join { slot: 0, thread: 1 }, start_of(0, 2, 2, true)];
     assert_eq!(actions[..2], replaced);
-    assert_eq!(bench.step(died), []);
+    assert_eq!(bench.step(died.clone()), []);
     let stale = Event::Ended { slot: 0, generation: 1, how: End::Panicked };
     assert_eq!(bench.step(stale), []);
     let nobody = Event::Ready { slot: 9, generation: 1 };
@@ -251,10 +251,10 @@ fn a_restart_that_hangs_quarantines_its_slot_and_its_thread_may_yet_come_back() 
     let reason = Quarantine::Stuck;
     let stuck = [Action::Abandon { slot: 0, thread: 1 }, Action::Quarantined { slot: 0, reason }];
     assert_eq!(bench.tick_after(STOP_GRACE), stuck);
-    assert!(bench.policy.slots().next().unwrap().abandoned);
+    assert_eq!(bench.policy.slots().next().unwrap().abandoned, 1);
     let join = [Action::Join { slot: 0, thread: 1 }];
     assert_eq!(bench.ended(0, End::Stopped), join);
-    assert!(!bench.policy.slots().next().unwrap().abandoned);
+    assert_eq!(bench.policy.slots().next().unwrap().abandoned, 0);
 }
 
 #[test]
@@ -262,14 +262,14 @@ fn a_drain_in_time_says_so() {
     let mut bench = Bench::started(2);
     let deadline = bench.now + Config::default().drain_deadline;
     let drain = [
-        Action::Drain { slot: 0, deadline },
-        Action::Drain { slot: 1, deadline },
+        Action::Drain { slot: 0, deadline, why: DrainReason::Stop },
+        Action::Drain { slot: 1, deadline, why: DrainReason::Stop },
         Action::Readiness(Readiness::NotReady(NotReady::Stopping)),
     ];
     assert_eq!(bench.drain(None), drain);
     assert_eq!(bench.drain(Some(SECOND)), []);
     bench.ended(0, End::Drained);
-    let outcome = Outcome::Stopped { how: Stopped::Drained, failed: 0, abandoned: 0 };
+    let outcome = Outcome::Stopped { handed_over: false, how: Stopped::Drained, failed: 0, abandoned: 0 };
     assert_eq!(bench.ended(1, End::Drained).last(), Some(&Action::Exit(outcome)));
     assert_eq!(bench.wait(), None);
 }
@@ -281,7 +281,7 @@ fn a_drain_is_cut_at_its_deadline_and_a_silent_generation_is_abandoned() {
     bench.ended(0, End::Panicked);
     assert_eq!(bench.tick_after(SECOND), [Action::StopNow { slot: 1 }]);
     assert_eq!(bench.wait(), Some(STOP_GRACE));
-    let outcome = Outcome::Stopped { how: Stopped::DeadlinePassed, failed: 1, abandoned: 1 };
+    let outcome = Outcome::Stopped { handed_over: false, how: Stopped::DeadlinePassed, failed: 1, abandoned: 1 };
     let abandon = Action::Abandon { slot: 1, thread: 1 };
     let over = [abandon, Action::Exit(outcome)];
     assert_eq!(bench.tick_after(STOP_GRACE), over);
@@ -294,7 +294,7 @@ fn a_second_stop_cuts_the_drain_short() {
     let stop = [Action::StopNow { slot: 0 }];
     assert_eq!(bench.step(Event::Stop(StopMode::Now)), stop);
     assert_eq!(bench.step(Event::Stop(StopMode::Now)), []);
-    let outcome = Outcome::Stopped { how: Stopped::Interrupted, failed: 0, abandoned: 0 };
+    let outcome = Outcome::Stopped { handed_over: false, how: Stopped::Interrupted, failed: 0, abandoned: 0 };
     assert_eq!(bench.ended(0, End::Stopped).last(), Some(&Action::Exit(outcome)));
 }
 
@@ -316,7 +316,7 @@ fn a_stop_ends_a_backoff_and_a_start_that_is_under_way() {
 #[test]
 fn a_stop_before_the_start_ends_it_at_once() {
     let mut bench = Bench::new(2);
-    let outcome = Outcome::Stopped { how: Stopped::AtOnce, failed: 0, abandoned: 0 };
+    let outcome = Outcome::Stopped { handed_over: false, how: Stopped::AtOnce, failed: 0, abandoned: 0 };
     assert_eq!(bench.step(Event::Stop(StopMode::Now)).last(), Some(&Action::Exit(outcome)));
     assert_eq!(bench.step(Event::Start), []);
 }

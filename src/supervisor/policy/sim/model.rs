@@ -134,8 +134,8 @@ impl Model {
 
     // What happens.
 
-    pub(super) fn observe(&mut self, event: Event) {
-        match event {
+    pub(super) fn observe(&mut self, event: &Event) {
+        match *event {
             Event::Ready { slot, generation } => {
                 let account = &mut self.slots[usize::from(slot)];
                 if account.generation == generation && account.life == Life::Starting {
@@ -155,7 +155,7 @@ impl Model {
                 }
             }
             Event::Stop(mode) => self.stop_asked(mode),
-            Event::Start | Event::Tick => {}
+            _ => {}
         }
     }
 
@@ -266,6 +266,7 @@ impl Model {
             Action::StartFailed { slot, failure } => return self.start_failed(slot, failure),
             Action::Quarantined { slot, reason } => return self.quarantined(slot, reason),
             Action::Exit(outcome) => return self.exit(outcome),
+            _ => {}
         }
         Ok(Vec::new())
     }
@@ -388,7 +389,7 @@ impl Model {
         let left = self.slots.iter().filter(|a| a.given_up).count();
         let stop_now = matches!(self.stop, Some((_, StopMode::Now, _)));
         let (fits, abandoned, name) = match outcome {
-            Outcome::Stopped { how, failed, abandoned } => {
+            Outcome::Stopped { how, failed, abandoned, .. } => {
                 let (fits, name) = match how {
                     Stopped::AtOnce => (stop_now, "at once"),
                     Stopped::Drained => (!stop_now && self.cut == 0, "drained"),
@@ -482,7 +483,7 @@ impl Model {
             let same = status.slot == index && status.generation == account.generation;
             rule("stale", fits && same, (status, account))?;
             let joined = !(account.thread_dead && account.unjoined);
-            rule("join", joined && status.abandoned == account.given_up, account)?;
+            rule("join", joined && (status.abandoned == 1) == account.given_up, account)?;
             let out = account.quarantined || self.is_ending();
             rule("quarantine", out || account.life != Life::None || !self.is_crash_loop(index), account)?;
             if let Some(since) = account.waits_since {
