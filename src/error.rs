@@ -24,6 +24,8 @@ pub(crate) enum Kind {
     Start,
     /// Every slot has been quarantined.
     Quarantined,
+    /// An order to a running server was not followed.
+    Refused,
 }
 
 impl Error {
@@ -53,6 +55,12 @@ impl Error {
     #[must_use]
     pub fn is_start(&self) -> bool {
         self.0.kind == Kind::Start
+    }
+
+    /// An order to a running server was not followed, for the reason the message gives; the server goes on as before.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.0.kind == Kind::Refused
     }
 
     /// Executors kept failing until none was left.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,8 +30,51 @@ pub enum Stop {
 pub struct Exit {
     /// Every connection finished before the drain's deadline. False after [`Stop::Now`].
     pub drained: bool,
+    /// Another process has taken over the addresses, and serves on.
+    pub handed_over: bool,
+    /// Executors that failed during the drain.
+    pub failed: usize,
     /// Executors that did not answer the order to stop; their threads were left behind.
     pub abandoned: usize,
+}
+
+/// What a slot's executor is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+#[repr(u8)]
+pub enum ExecutorState {
+    /// The slot has none: fewer are wanted at present, or everything has ended.
+    Idle,
+    /// Its start-up closure runs.
+    Starting,
+    /// It serves.
+    Serving,
+    /// One turn takes longer than [`Builder::stall_limit`](crate::Builder::stall_limit): new connections go elsewhere.
+    Stalled,
+    /// The same, but because its thread gets no CPU.
+    Starved,
+    /// It finishes what is running.
+    Draining,
+    /// It is being stopped.
+    Stopping,
+    /// It failed, and is started again after a pause.
+    Backoff,
+    /// It failed too often: the slot stays empty.
+    Quarantined,
+}
+
+impl ExecutorState {
+    const ALL: [Self; 9] = [
+        Self::Idle,
+        Self::Starting,
+        Self::Serving,
+        Self::Stalled,
+        Self::Starved,
+        Self::Draining,
+        Self::Stopping,
+        Self::Backoff,
+        Self::Quarantined,
+    ];
 }
 
 /// The counters of one slot at one moment, over all its generations.
@@ -40,6 +83,8 @@ pub struct Exit {
 pub struct ExecutorStats {
     /// The slot.
     pub slot: SlotId,
+    /// What its executor is doing, as far as the supervisor knows.
+    pub state: ExecutorState,
     /// The generation that lives in it, or lived last.
     pub generation: u64,
     /// Connections accepted.
@@ -58,6 +103,8 @@ pub struct ExecutorStats {
     pub shed: u64,
     /// Connections closed because the client took too long.
     pub timed_out: u64,
+    /// Time spent in turns: divided by the time that has passed, the executor's utilisation.
+    pub busy: Duration,
     /// Turns of the executor's loop.
     pub turns: u64,
     /// Times the executor went to sleep.
@@ -65,9 +112,10 @@ pub struct ExecutorStats {
 }
 
 impl ExecutorStats {
-    pub(crate) fn read(slot: u16, cells: &Cells) -> Self {
+    pub(crate) fn read(slot: u16, state: ExecutorState, cells: &Cells) -> Self {
         Self {
             slot: SlotId(slot),
+            state,
             generation: cells.generation.get(),
             accepted: cells.accepted.get(),
             rescued: cells.rescued.get(),
@@ -77,6 +125,7 @@ impl ExecutorStats {
             panics_contained: cells.panics_contained.get(),
             shed: cells.shed.get(),
             timed_out: cells.timed_out.get(),
+            busy: Duration::from_nanos(cells.busy.get()),
             turns: cells.turns.get(),
             sleeps: cells.sleeps.get(),
         }
@@ -89,6 +138,8 @@ impl ExecutorStats {
 pub struct Stats {
     /// Whether the server is fit to take traffic.
     pub ready: bool,
+    /// Threads of executors that hung and were left behind; what they held stays held until they come back.
+    pub threads_leaked: u64,
     /// One for each slot, in order.
     pub executors: Vec<ExecutorStats>,
 }
@@ -100,6 +151,7 @@ pub(crate) struct Shared {
     pub slots: Vec<Slot>,
     pub connections_max: u64,
     pub ready: AtomicBool,
+    pub threads_leaked: AtomicU64,
     pub post: Post,
     pub exit: Mutex<Waiting>,
 }
@@ -107,7 +159,32 @@ pub(crate) struct Shared {
 /// A slot as handles see it.
 pub(crate) struct Slot {
     pub cpu: usize,
-    pub cells: Arc<Cells>,
+    /// Those of the seat that is in the slot: another's after a hung executor was replaced.
+    pub cells: Mutex<Arc<Cells>>,
+    pub state: AtomicU8,
+}
+
+impl Slot {
+    pub(crate) fn new(cpu: usize, cells: Arc<Cells>) -> Self {
+        Self { cpu, cells: Mutex::new(cells), state: AtomicU8::new(ExecutorState::Idle as u8) }
+    }
+
+    pub(crate) fn cells(&self) -> Arc<Cells> {
+        Arc::clone(&self.cells.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn count_in(&self, cells: Arc<Cells>) {
+        *self.cells.lock().unwrap_or_else(PoisonError::into_inner) = cells;
+    }
+
+    pub(crate) fn set_state(&self, state: ExecutorState) {
+        self.state.store(state as u8, Ordering::Relaxed);
+    }
+
+    fn state(&self) -> ExecutorState {
+        let number = self.state.load(Ordering::Relaxed);
+        ExecutorState::ALL.into_iter().find(|state| *state as u8 == number).unwrap_or(ExecutorState::Idle)
+    }
 }
 
 /// Who waits for the end, until it is known.
@@ -170,11 +247,25 @@ impl Handle {
     /// The server's counters now. Costs the executors nothing.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let read = |(slot, cells): (usize, &Slot)| ExecutorStats::read(slot as u16, &cells.cells);
+        let read = |(index, slot): (usize, &Slot)| ExecutorStats::read(index as u16, slot.state(), &slot.cells());
         Stats {
             ready: self.0.ready.load(Ordering::Relaxed),
+            threads_leaked: self.0.threads_leaked.load(Ordering::Relaxed),
             executors: self.0.slots.iter().enumerate().map(read).collect(),
         }
+    }
+
+    /// Orders so many executors, from 1 to the number of slots. Done when the order is accepted; executors that are added
+    /// start at once, those that are removed drain first, and no connection is lost by either.
+    ///
+    /// Where the number follows the load ([`Executors`](crate::Executors) is a range) it goes on doing so after a minute.
+    ///
+    /// # Errors
+    /// When the number is out of range, and while the server starts, stops or is being upgraded; nothing changes then.
+    pub fn scale(&self, executors: usize) -> Order<()> {
+        let (promise, order) = Order::new();
+        self.0.post.send(Message::Scale(executors, promise));
+        order
     }
 
     /// Orders a stop. A second order during a drain makes it stop at once if it says [`Stop::Now`].

@@ -98,13 +98,14 @@ mod time;
 pub use body::{Body, BodyError, Connection};
 pub use error::Error;
 pub use files::{FileBody, Files, FilesError, Job, Offload, Overloaded};
-pub use handle::{ExecutorStats, Exit, Handle, Running, Stats, Stop};
+pub use handle::{ExecutorState, ExecutorStats, Exit, Handle, Running, Stats, Stop};
 pub use http::{Method, StatusCode};
 pub use order::Order;
 pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
 pub use settings::HttpLimits;
 pub use shard::{Draining, Shard, SlotId, Task, TaskError};
+pub use supervisor::policy::{HangPolicy, Scaling};
 pub use time::{Elapsed, Sleep, Timeout};
 
 /// An error of a user's.

@@ -7,14 +7,15 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::Error;
+use crate::error::Kind;
 
 /// The outcome of an order, once it has one. Await it on any runtime, or block on it with [`Order::wait`]; dropping it
 /// takes nothing back.
 #[must_use = "the order is carried out all the same, but its outcome is lost"]
 pub struct Order<T>(Arc<Shared<T>>);
 
-/// Where the outcome is put.
-pub(crate) struct Promise<T>(Arc<Shared<T>>);
+/// Where the outcome is put. Dropped without one, the order fails: whoever was to carry it out is gone.
+pub(crate) struct Promise<T>(Option<Arc<Shared<T>>>);
 
 struct Shared<T> {
     state: Mutex<State<T>>,
@@ -30,7 +31,7 @@ impl<T> Order<T> {
     pub(crate) fn new() -> (Promise<T>, Self) {
         let shared =
             Arc::new(Shared { state: Mutex::new(State { outcome: None, waker: None }), changed: Condvar::new() });
-        (Promise(Arc::clone(&shared)), Self(shared))
+        (Promise(Some(Arc::clone(&shared))), Self(shared))
     }
 
     pub(crate) fn done(outcome: Result<T, Error>) -> Self {
@@ -58,13 +59,35 @@ impl<T> Order<T> {
 }
 
 impl<T> Promise<T> {
-    pub(crate) fn fulfil(self, outcome: Result<T, Error>) {
+    pub(crate) fn fulfil(mut self, outcome: Result<T, Error>) {
+        if let Some(shared) = self.0.take() {
+            shared.settle(outcome);
+        }
+    }
+}
+
+impl<T> Drop for Promise<T> {
+    fn drop(&mut self) {
+        if let Some(shared) = self.0.take() {
+            shared.settle(Err(Error::new(Kind::Refused, "the server has ended")));
+        }
+    }
+}
+
+impl<T> fmt::Debug for Promise<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Promise")
+    }
+}
+
+impl<T> Shared<T> {
+    fn settle(&self, outcome: Result<T, Error>) {
         let waker = {
-            let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.outcome = Some(outcome);
             state.waker.take()
         };
-        self.0.changed.notify_all();
+        self.changed.notify_all();
         if let Some(waker) = waker {
             waker.wake();
         }

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::future::Future;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -23,8 +24,9 @@ use crate::service::Service;
 use crate::settings::{HttpLimits, Settings};
 use crate::shard::Shard;
 use crate::steering::{self, Table};
+use crate::supervisor;
+use crate::supervisor::policy::{self, HangPolicy, Scaling};
 use crate::supervisor::post::{self, Message, Post};
-use crate::supervisor::{self, policy};
 use crate::sys::bind::{self, ListenOptions};
 use crate::sys::heartbeats::Heartbeats;
 use crate::sys::{affinity, limits, membarrier, probe, procfs, socket};
@@ -79,13 +81,23 @@ impl Default for RestartPolicy {
     }
 }
 
-/// How many executors. Made from a number.
+/// How many executors. Made from a number, or from a range such as `2..=8`: then the server starts with the fewest and
+/// follows the load ([`Builder::scaling`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Executors(usize);
+pub struct Executors {
+    min: usize,
+    max: usize,
+}
 
 impl From<usize> for Executors {
     fn from(count: usize) -> Self {
-        Self(count)
+        Self { min: count, max: count }
+    }
+}
+
+impl From<RangeInclusive<usize>> for Executors {
+    fn from(range: RangeInclusive<usize>) -> Self {
+        Self { min: *range.start(), max: *range.end() }
     }
 }
 
@@ -140,9 +152,7 @@ pub struct Builder {
     executors: Option<Executors>,
     cpus: Option<Vec<usize>>,
     steering: Steering,
-    restart: RestartPolicy,
-    start_timeout: Duration,
-    drain_timeout: Duration,
+    policy: policy::Config,
     connections_max: Option<u64>,
     backlog: u32,
     keepalive: Option<Duration>,
@@ -189,9 +199,7 @@ impl Builder {
             executors: None,
             cpus: None,
             steering: Steering::default(),
-            restart: RestartPolicy::default(),
-            start_timeout: Duration::from_secs(30),
-            drain_timeout: Duration::from_secs(30),
+            policy: policy::Config::default(),
             connections_max: None,
             backlog: 4096,
             keepalive: Some(Duration::from_secs(60)),
@@ -236,20 +244,54 @@ impl Builder {
     }
 
     /// When and how often a failed executor is restarted.
-    pub fn restart(mut self, policy: RestartPolicy) -> Self {
-        self.restart = policy;
+    pub fn restart(mut self, restart: RestartPolicy) -> Self {
+        self.policy.restart = policy::RestartPolicy {
+            backoff_base: restart.backoff_base,
+            backoff_max: restart.backoff_max,
+            healthy_after: restart.healthy_after,
+            quarantine_after: restart.quarantine_after,
+            quarantine_window: restart.quarantine_window,
+            ..policy::RestartPolicy::default()
+        };
         self
     }
 
     /// The start-up closure's time. Default 30 s.
     pub fn start_timeout(mut self, limit: Duration) -> Self {
-        self.start_timeout = limit;
+        self.policy.start_timeout = limit;
         self
     }
 
     /// How long a drain ordered by a signal may take. Default 30 s.
     pub fn drain_timeout(mut self, limit: Duration) -> Self {
-        self.drain_timeout = limit;
+        self.policy.drain_deadline = limit;
+        self
+    }
+
+    /// How long the executors go on accepting after readiness has turned false at a stop by a signal or an order to
+    /// drain: the time that a load balancer needs to notice. Default 0.
+    pub fn drain_delay(mut self, delay: Duration) -> Self {
+        self.policy.drain_delay = delay;
+        self
+    }
+
+    /// How the number of executors follows the load, when [`Builder::executors`] is given a range.
+    pub fn scaling(mut self, scaling: Scaling) -> Self {
+        self.policy.scaling = scaling;
+        self
+    }
+
+    /// How long one turn of an executor may take. Beyond it the executor is stalled: new connections go to others, and
+    /// those in its queue are handed to others. Default 100 ms, at least 1 ms.
+    pub fn stall_limit(mut self, limit: Duration) -> Self {
+        self.policy.stall_limit = limit.max(Duration::from_millis(1));
+        self
+    }
+
+    /// What becomes of an executor that has been stalled for `after`: a handler that never returns. Default: replaced
+    /// after 30 s. `None` is never, and so is [`HangPolicy::Ignore`].
+    pub fn hang(mut self, policy: HangPolicy, after: Option<Duration>) -> Self {
+        (self.policy.hang, self.policy.hang_timeout) = (policy, after);
         self
     }
 
@@ -362,17 +404,18 @@ impl Server {
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
         let seats = seats(&cpus, groups, &settings, &factory, &post)?;
-        let slots = seats.iter().map(|seat| Slot { cpu: seat.cpu, cells: Arc::clone(&seat.cells) }).collect();
+        let slots = seats.iter().map(|seat| Slot::new(seat.cpu, Arc::clone(&seat.cells))).collect();
         let shared = Arc::new(Shared {
             addresses,
             warnings,
             slots,
             connections_max,
             ready: AtomicBool::new(false),
+            threads_leaked: AtomicU64::new(0),
             post,
             exit: Mutex::new(Waiting::For(Vec::new())),
         });
-        supervisor::start(builder.supervision(), seats, table, shared, inbox)
+        supervisor::start(builder.supervision(cpus.len()), seats, table, shared, inbox)
     }
 }
 
@@ -405,10 +448,14 @@ impl Builder {
             return Err(Error::new(Kind::Usage, message));
         }
         let auto = if self.cpus.is_some() { cpus.len() } else { available.executors() };
-        let count = self.executors.map_or(auto, |executors| executors.0);
+        let Executors { min, max: count } = self.executors.unwrap_or(Executors::from(auto));
         if count == 0 || count > usize::from(steering::SLOTS_MAX) {
             let most = steering::SLOTS_MAX;
             return Err(Error::new(Kind::Usage, format!("{count} executors were asked for: give 1 to {most}")));
+        }
+        if min == 0 || min > count {
+            let message = format!("{min} to {count} executors were asked for: give a range upward, from 1 at least");
+            return Err(Error::new(Kind::Usage, message));
         }
         Ok((0..count).map(|slot| cpus[slot % cpus.len()]).collect())
     }
@@ -486,24 +533,14 @@ impl Builder {
         Ok(Table::new(policy, executors as u16, members))
     }
 
-    fn supervision(&self) -> supervisor::Supervision {
-        supervisor::Supervision {
-            name: self.name.clone(),
-            policy: policy::Config {
-                restart: policy::RestartPolicy {
-                    backoff_base: self.restart.backoff_base,
-                    backoff_max: self.restart.backoff_max,
-                    healthy_after: self.restart.healthy_after,
-                    quarantine_after: self.restart.quarantine_after,
-                    quarantine_window: self.restart.quarantine_window,
-                    ..policy::RestartPolicy::default()
-                },
-                drain_deadline: self.drain_timeout,
-                start_timeout: self.start_timeout,
-                ..policy::Config::default()
-            },
-            stop_on_signals: self.stop_on_signals,
+    /// How to supervise `slots` slots.
+    fn supervision(&self, slots: usize) -> supervisor::Supervision {
+        let mut policy = self.policy.clone();
+        if let Some(Executors { min, .. }) = self.executors.filter(|executors| executors.min < executors.max) {
+            // No more than the slots, which are counted in u16.
+            (policy.slots_min, policy.slots_start) = (min.min(slots) as u16, min.min(slots) as u16);
         }
+        supervisor::Supervision { name: self.name.clone(), policy, stop_on_signals: self.stop_on_signals }
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::BoxError;
 use crate::executor::core::{Core, Failure};
 use crate::executor::tasks::OnPanic;
-use crate::handle::ExecutorStats;
+use crate::handle::{ExecutorState, ExecutorStats};
 use crate::protocol::answer::Contained;
 use crate::time::{Sleep, Timeout};
 
@@ -70,7 +70,7 @@ impl Shard {
     /// The slot's counters.
     #[must_use]
     pub fn stats(&self) -> ExecutorStats {
-        ExecutorStats::read(self.core.slot, &self.core.cells)
+        ExecutorStats::read(self.core.slot, ExecutorState::Serving, &self.core.cells)
     }
 
     /// Runs a future on this executor. A panic in it is contained: it becomes the task's error. Dropping the [`Task`]

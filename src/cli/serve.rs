@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use ringleader::{Handle, HttpLimits, RestartPolicy, Server, Shard, Steering};
+use ringleader::{Handle, HangPolicy, HttpLimits, RestartPolicy, Server, Shard, Steering};
 use tracing_subscriber::EnvFilter;
 
 use super::{Failure, app};
@@ -15,8 +15,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     listen: Vec<String>,
 
-    /// Executors: a number, or `auto` for one per CPU that affinity and cgroup quota allow; more than CPUs is allowed
-    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = parse_executors)]
+    /// Executors: a number; a range such as 2..8 to follow the load; or `auto` for one per CPU that affinity and cgroup
+    /// quota allow. More than CPUs is allowed
+    #[arg(long, value_name = "auto|N|N..M", default_value = "auto", value_parser = parse_executors)]
     executors: Count,
 
     /// CPUs to pin executors to, such as 0-3,8
@@ -63,6 +64,22 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = parse_seconds)]
     drain_timeout: f64,
 
+    /// Seconds that the executors go on accepting after such a signal, for a load balancer to notice
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = parse_seconds)]
+    drain_delay: f64,
+
+    /// Milliseconds that one turn of an executor may take; beyond, new connections go to others
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    stall_limit: u64,
+
+    /// Seconds after which a stalled executor is held to hang; 0 is never
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = parse_seconds)]
+    hang_timeout: f64,
+
+    /// What becomes of an executor that hangs
+    #[arg(long, value_enum, default_value = "replace")]
+    on_hang: OnHang,
+
     /// Bytes of a request's head
     #[arg(long, value_name = "BYTES", default_value_t = 32 * 1024, value_parser = parse_header_bytes)]
     header_bytes: usize,
@@ -95,7 +112,17 @@ pub(crate) struct Arguments {
 #[derive(Clone, Copy)]
 enum Count {
     Auto,
-    Number(usize),
+    Range(usize, usize),
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum OnHang {
+    /// Its connections are ended, its thread is left behind, another takes its place
+    Replace,
+    /// The process ends as by a crash, for whoever restarts it
+    Abort,
+    /// It is waited for
+    Ignore,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -109,8 +136,16 @@ enum SteeringName {
 fn parse_executors(text: &str) -> Result<Count, String> {
     match text {
         "auto" => Ok(Count::Auto),
-        "0" => Err("a server needs one executor at least".to_owned()),
-        _ => text.parse().map(Count::Number).map_err(|_| "give a number, or `auto`".to_owned()),
+        _ => {
+            let (min, max) = text.split_once("..").unwrap_or((text, text));
+            let number =
+                |text: &str| text.parse().map_err(|_| "give a number, a range such as 2..8, or `auto`".to_owned());
+            match (number(min)?, number(max.trim_start_matches('='))?) {
+                (0, _) => Err("a server needs one executor at least".to_owned()),
+                (min, max) if min > max => Err(format!("{min} is more than {max}")),
+                (min, max) => Ok(Count::Range(min, max)),
+            }
+        }
     }
 }
 
@@ -160,6 +195,16 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .stop_on_signals()
         .backlog(arguments.backlog)
         .drain_timeout(Duration::from_secs_f64(arguments.drain_timeout))
+        .drain_delay(Duration::from_secs_f64(arguments.drain_delay))
+        .stall_limit(Duration::from_millis(arguments.stall_limit))
+        .hang(
+            match arguments.on_hang {
+                OnHang::Replace => HangPolicy::Replace,
+                OnHang::Abort => HangPolicy::Abort,
+                OnHang::Ignore => HangPolicy::Ignore,
+            },
+            limit(arguments.hang_timeout),
+        )
         .share_port(arguments.share_port)
         .restart(restart)
         .http_limits(limits)
@@ -170,8 +215,8 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     for address in &arguments.listen {
         builder = builder.listen(address.as_str());
     }
-    if let Count::Number(count) = arguments.executors {
-        builder = builder.executors(count);
+    if let Count::Range(min, max) = arguments.executors {
+        builder = builder.executors(min..=max);
     }
     if let Some(list) = &arguments.cpus {
         builder = builder.cpus(ringleader::parse_cpu_list(list).map_err(Failure::Usage)?);

@@ -272,8 +272,8 @@ impl Generation {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Drain { deadline } => {
-                self.release_listeners();
+            Order::Drain { deadline, accept_rest } => {
+                self.release_listeners(accept_rest);
                 self.core.drain(deadline);
             }
             Order::Stop | Order::Quit => self.ended = Some(Ended::Stopped),
@@ -313,15 +313,19 @@ impl Generation {
         }
     }
 
-    /// Takes what the kernel has completed already, then lets go of the listeners: from here on new clients are refused,
-    /// not left waiting.
-    fn release_listeners(&mut self) {
-        self.accept_rest();
+    /// Lets go of the listeners. Where nobody else holds them, what the kernel has completed already is taken first, and
+    /// from here on new clients are refused, not left waiting.
+    fn release_listeners(&mut self, accept_rest: bool) {
+        if accept_rest {
+            self.accept_rest();
+        }
         for watch in self.watches.drain(..) {
             self.core.driver().unwatch_listener(watch);
         }
         self.enter(false);
-        self.accept_rest();
+        if accept_rest {
+            self.accept_rest();
+        }
         self.acceptor = None;
     }
 

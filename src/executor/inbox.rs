@@ -30,8 +30,9 @@ pub(crate) type Job = Box<dyn FnOnce(&Core) + Send>;
 pub(crate) enum Order {
     /// Start this generation.
     Start(u64),
-    /// Accept nothing more; finish what is running; whatever is left at the deadline is closed.
-    Drain { deadline: Instant },
+    /// Accept nothing more; finish what is running; whatever is left at the deadline is closed. With `accept_rest` what
+    /// the kernel has completed already is accepted first: there is nobody else who would.
+    Drain { deadline: Instant, accept_rest: bool },
     /// End the generation now.
     Stop,
     /// End the slot's thread.

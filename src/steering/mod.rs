@@ -80,6 +80,11 @@ impl Table {
         self.in_force.as_deref()
     }
 
+    /// Forgets what is in force: another process may have replaced it.
+    pub fn forget(&mut self) {
+        self.in_force = None;
+    }
+
     /// Steers new connections to these slots from the next SYN on, in any order. Cheap if nothing
     /// changes.
     ///

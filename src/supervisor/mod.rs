@@ -1,12 +1,18 @@
 //! The supervisor: one plain thread that owns the slots. It turns what it hears (reports of slots, orders of handles,
-//! signals) into events for the pure [`policy`], and carries out the actions that come back. It decides nothing itself.
+//! signals, heartbeats) into events for the pure [`policy`], and carries out the actions that come back. It decides
+//! nothing itself.
 
+mod exit;
+mod load;
 pub(crate) mod policy;
 pub(crate) mod post;
 mod rescue;
 mod signals;
+mod steer;
+mod watchdog;
+mod words;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,13 +25,15 @@ use crate::executor::core::Failure;
 use crate::executor::generation::Ended;
 use crate::executor::inbox::Order as SlotOrder;
 use crate::executor::slot::{self, Report, SlotSeat};
-use crate::handle::{Exit, Running, Shared, Stop};
+use crate::handle::{ExecutorState, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
 use crate::sys::poll::wait_readable;
-use policy::{Action, End, Event, Outcome, Policy, Readiness, StopMode, Stopped};
+use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLoad, SlotState, StopMode};
 use post::{Message, PostBox};
 use rescue::Rescue;
+use steer::Steer;
+use watchdog::Watchdog;
 
 /// How soon connections that no executor had room for are tried again.
 const RESCUE_AGAIN: Duration = Duration::from_millis(10);
@@ -43,19 +51,27 @@ struct Supervisor {
     seats: Vec<Arc<SlotSeat>>,
     /// By slot and number; those joined are gone.
     threads: HashMap<(u16, u32), JoinHandle<()>>,
-    /// `None` once the server stops, so that listeners can close.
-    table: Option<Table>,
-    /// The slots that the policy wants new connections to go to.
-    active: Vec<u16>,
-    /// Those that have no place for one.
-    full: HashSet<u16>,
+    /// The seats of threads that were left behind, for the orders to them.
+    left_behind: HashMap<(u16, u32), Arc<SlotSeat>>,
+    steer: Steer,
+    rescue: Rescue,
+    watchdog: Watchdog,
+    scaling: Option<Sampling>,
     shared: Arc<Shared>,
     starting: Option<Promise<Running>>,
+    /// Who waits for the answer to an order to scale, the oldest first.
+    scale_orders: VecDeque<Promise<()>>,
     /// What the last failure of each slot said, for messages.
     failures: HashMap<u16, String>,
-    rescue: Rescue,
     signals: Option<signals::Watch>,
     stop_signals: u32,
+}
+
+/// When the next sample of the load is due, for automatic scaling.
+struct Sampling {
+    sampler: load::Sampler,
+    period: Duration,
+    next: Instant,
 }
 
 /// Starts the supervisor's thread, which starts the executors.
@@ -70,18 +86,23 @@ pub(crate) fn start(
     let signals = signals.map_err(|error| Error::new(Kind::System, format!("watching for signals: {error}")))?;
     let (promise, order) = Order::new();
     let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
+    let scaled = usize::from(supervision.policy.slots_min) < seats.len();
+    let period = supervision.policy.scaling.period;
+    let sampling = || Sampling { sampler: load::Sampler::default(), period, next: Instant::now() + period };
     let supervisor = Supervisor {
+        watchdog: Watchdog::new(supervision.policy.stall_limit),
+        scaling: scaled.then(sampling),
         policy: Policy::new(supervision.policy, seats.len() as u16, seed),
         name: supervision.name.clone(),
         seats,
         threads: HashMap::new(),
-        table: Some(table),
-        active: Vec::new(),
-        full: HashSet::new(),
+        left_behind: HashMap::new(),
+        steer: Steer::new(table),
+        rescue: Rescue::default(),
         shared,
         starting: Some(promise),
+        scale_orders: VecDeque::new(),
         failures: HashMap::new(),
-        rescue: Rescue::default(),
         signals,
         stop_signals: 0,
     };
@@ -92,6 +113,7 @@ pub(crate) fn start(
     Ok(order)
 }
 
+/// What happens.
 impl Supervisor {
     fn run(mut self, inbox: &PostBox) {
         let mut events = VecDeque::from([Event::Start]);
@@ -103,6 +125,7 @@ impl Supervisor {
                     }
                     self.act(action);
                 }
+                self.show();
             }
             self.wait(inbox, &mut events);
         }
@@ -111,8 +134,9 @@ impl Supervisor {
     /// Waits for what happens next: a message, a connection to rescue, or something due.
     fn wait(&mut self, inbox: &PostBox, events: &mut VecDeque<Event>) {
         let again = self.rescue.is_blocked().then(|| Instant::now() + RESCUE_AGAIN);
-        let due = [self.policy.next_deadline(), again].into_iter().flatten().min();
-        let timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let sample = self.scaling.as_ref().map(|sampling| sampling.next);
+        let due = [self.policy.next_deadline(), again, sample, self.watchdog.next_look()];
+        let timeout = due.into_iter().flatten().min().map(|due| due.saturating_duration_since(Instant::now()));
         let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
         let ready = wait_readable(&waited, timeout).unwrap_or_else(|error| {
             tracing::error!(%error, "the supervisor cannot wait; it looks again in 10 ms");
@@ -128,8 +152,11 @@ impl Supervisor {
         if ready.last().is_some_and(|last| *last > 0) || again.is_some() {
             self.rescue();
         }
+        let now = Instant::now();
+        events.extend(self.watchdog.look(&self.seats, self.policy.slots(), now));
+        events.extend(self.sample(now));
         // After the messages: what has come in time is not to be found late.
-        if self.policy.next_deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+        if self.policy.next_deadline().is_some_and(|deadline| deadline <= now) {
             events.push_back(Event::Tick);
         }
     }
@@ -141,13 +168,13 @@ impl Supervisor {
                 Stop::Now => StopMode::Now,
                 Stop::Drain(limit) => StopMode::Drain { deadline: Some(limit) },
             })),
+            Message::Scale(count, promise) => {
+                self.scale_orders.push_back(promise);
+                // Beyond what can be said is as far out of range as what can.
+                Some(Event::Scale { count: u16::try_from(count).unwrap_or(u16::MAX) })
+            }
             Message::Signal(signal) => Some(self.event_of_signal(signal)),
         }
-    }
-
-    fn rescue(&mut self) {
-        let receivers: Vec<u16> = self.active.iter().copied().filter(|slot| !self.full.contains(slot)).collect();
-        self.rescue.run(&self.seats, &receivers);
     }
 
     fn event_of_signal(&mut self, signal: i32) -> Event {
@@ -170,16 +197,11 @@ impl Supervisor {
                 Some(Event::Ready { slot, generation: generation as u32 })
             }
             Report::Full { slot, full } => {
-                if full {
-                    self.full.insert(slot)
-                } else {
-                    self.full.remove(&slot)
-                };
-                self.steer();
+                self.steer.set_full(slot, full);
                 None
             }
             Report::Ended { slot, generation, ended } => {
-                self.full.remove(&slot);
+                self.steer.set_full(slot, false);
                 let how = match &ended {
                     Ended::Drained { in_time: true } => End::Drained,
                     Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,
@@ -190,7 +212,15 @@ impl Supervisor {
             Report::ThreadEnded { slot, thread } => {
                 // Expected after a `Join`, which waits for the thread: only those that still stand died by themselves.
                 self.threads.contains_key(&(slot, thread)).then(|| {
-                    tracing::error!(slot, thread, "an executor's thread ended");
+                    if self.left_behind.contains_key(&(slot, thread)) {
+                        tracing::info!(
+                            slot,
+                            thread,
+                            "an executor's thread that was left behind has come back and ended"
+                        );
+                    } else {
+                        tracing::error!(slot, thread, "an executor's thread ended");
+                    }
                     Event::ThreadDied { slot, thread }
                 })
             }
@@ -210,30 +240,49 @@ impl Supervisor {
         how
     }
 
+    /// The load since the last sample, when the next is due.
+    fn sample(&mut self, now: Instant) -> Option<Event> {
+        let sampling = self.scaling.as_mut().filter(|sampling| sampling.next <= now)?;
+        sampling.next = now + sampling.period;
+        let mut load = |seat: &Arc<SlotSeat>| SlotLoad {
+            slot: seat.slot,
+            utilisation: sampling.sampler.utilisation(seat, now),
+            queue: load::queue(seat),
+        };
+        Some(Event::Load { samples: self.seats.iter().map(&mut load).collect() })
+    }
+}
+
+/// What is done about it.
+impl Supervisor {
     fn act(&mut self, action: Action) {
         match action {
             Action::StartGeneration { slot, generation, thread, fresh_thread } => {
                 self.start_generation(slot, generation, thread, fresh_thread);
             }
-            Action::Drain { slot, deadline, why: _ } => {
-                self.let_go_of_listeners();
-                self.seats[usize::from(slot)].inbox.order(SlotOrder::Drain { deadline });
+            Action::Drain { slot, deadline, why } => {
+                let accept_rest = why == DrainReason::Stop;
+                self.seat(slot).inbox.order(SlotOrder::Drain { deadline, accept_rest });
             }
-            Action::StopNow { slot } => self.seats[usize::from(slot)].inbox.order(SlotOrder::Stop),
+            Action::StopNow { slot } => self.seat(slot).inbox.order(SlotOrder::Stop),
             Action::Join { slot, thread } => self.join(slot, thread),
-            Action::Abandon { slot, thread } => {
-                tracing::error!(
-                    slot,
-                    thread,
-                    "an executor does not answer the order to stop: its thread is left behind"
-                );
+            Action::Abandon { slot, thread } => self.abandon(slot, thread),
+            Action::Condemn { slot, thread, generation } => self.condemn(slot, thread, generation),
+            Action::Abort { slot } => {
+                tracing::error!(slot, "an executor hangs: aborting, as the hang policy says");
+                std::process::abort();
             }
-            Action::SetActive(slots) => {
-                self.active = slots;
-                self.steer();
+            Action::SetActive(slots) => self.steer.set_active(slots),
+            Action::Rescue(slots) => {
+                self.rescue.set(slots, &self.seats);
+                self.rescue();
             }
+            Action::Reattach => self.steer.reattach(),
+            Action::CloseListeners => self.let_go_of_listeners(),
             Action::Readiness(readiness) => {
-                tracing::debug!(?readiness, "readiness");
+                if let Readiness::NotReady(why) = readiness {
+                    tracing::info!("not ready: {}", words::not_ready(why));
+                }
                 self.shared.ready.store(readiness == Readiness::Ready, Ordering::Relaxed);
             }
             Action::Started => {
@@ -242,38 +291,25 @@ impl Supervisor {
                 }
             }
             Action::StartFailed { slot, failure } => tracing::debug!(slot, ?failure, "the start has failed"),
-            Action::Quarantined { slot, reason } => {
-                tracing::error!(
-                    slot,
-                    ?reason,
-                    "the slot is quarantined: it gets no executor until the server is restarted"
-                );
-            }
-            Action::Condemn { .. }
-            | Action::Abort { .. }
-            | Action::Rescue(_)
-            | Action::Reattach
-            | Action::CloseListeners
-            | Action::Target { .. }
-            | Action::ScaleAnswer(_)
-            | Action::SpawnSuccessor { .. }
-            | Action::KillSuccessor { .. }
-            | Action::UpgradeAnswer(_) => tracing::debug!(?action, "not carried out yet"),
+            Action::Quarantined { slot, reason } => tracing::error!(
+                slot,
+                "the slot is quarantined: {}; it gets no executor until the server is restarted",
+                words::quarantine(reason)
+            ),
+            Action::Target { count, why } => tracing::info!(executors = count, "scaling: {}", words::target(why)),
+            Action::ScaleAnswer(answer) => self.answer_scale(answer),
+            // Asked for by nobody yet.
+            Action::SpawnSuccessor { .. } | Action::KillSuccessor { .. } | Action::UpgradeAnswer(_) => {}
             Action::Exit(_) => unreachable!("handled by `run`"),
         }
     }
 
-    /// Puts the steering table in force: the active slots that have room; all active ones when none has.
-    fn steer(&mut self) {
-        let with_room: Vec<u16> = self.active.iter().copied().filter(|slot| !self.full.contains(slot)).collect();
-        let slots = if with_room.is_empty() { &self.active } else { &with_room };
-        if let Some(Err(error)) = self.table.as_mut().map(|table| table.set_active(slots)) {
-            tracing::error!(%error, "steering stays as it was");
-        }
+    fn seat(&self, slot: u16) -> &Arc<SlotSeat> {
+        &self.seats[usize::from(slot)]
     }
 
     fn start_generation(&mut self, slot: u16, generation: u32, thread: u32, fresh_thread: bool) {
-        let seat = Arc::clone(&self.seats[usize::from(slot)]);
+        let seat = Arc::clone(self.seat(slot));
         if fresh_thread {
             seat.inbox.forget_orders();
             match slot::spawn(Arc::clone(&seat), thread) {
@@ -293,27 +329,119 @@ impl Supervisor {
 
     fn join(&mut self, slot: u16, thread: u32) {
         let Some(handle) = self.threads.remove(&(slot, thread)) else { return };
+        let left_behind = self.left_behind.remove(&(slot, thread));
         if !handle.is_finished() {
-            self.seats[usize::from(slot)].inbox.order(SlotOrder::Quit);
+            left_behind.as_ref().unwrap_or(self.seat(slot)).inbox.order(SlotOrder::Quit);
+        }
+        if left_behind.is_some() {
+            self.shared.threads_leaked.fetch_sub(1, Ordering::Relaxed);
         }
         if handle.join().is_err() {
             tracing::error!(slot, thread, "an executor's thread ended in a panic");
         }
     }
 
+    fn abandon(&mut self, slot: u16, thread: u32) {
+        tracing::error!(slot, thread, "an executor does not answer the order to stop: its thread is left behind");
+        self.leave_behind(slot, thread);
+    }
+
+    fn leave_behind(&mut self, slot: u16, thread: u32) {
+        self.left_behind.insert((slot, thread), Arc::clone(self.seat(slot)));
+        self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Gives a hung executor up: its clients see the end of their connections, its thread may come back and end.
+    fn condemn(&mut self, slot: u16, thread: u32, generation: u32) {
+        let seat = Arc::clone(self.seat(slot));
+        let sockets = seat.sockets.shut_down_all();
+        tracing::error!(
+            slot,
+            generation,
+            connections = sockets,
+            "an executor hangs and is replaced: its connections were ended, its thread is left behind"
+        );
+        self.failures.insert(slot, "it hung".to_owned());
+        seat.inbox.order(SlotOrder::Stop);
+        seat.inbox.order(SlotOrder::Quit);
+        self.leave_behind(slot, thread);
+        match seat.replacement() {
+            Ok(fresh) => {
+                while let Some(handed) = seat.inbox.next_handed() {
+                    fresh.inbox.hand(handed);
+                }
+                self.shared.slots[usize::from(slot)].count_in(Arc::clone(&fresh.cells));
+                self.seats[usize::from(slot)] = fresh;
+                self.watchdog.forget(slot);
+                self.steer.set_full(slot, false);
+            }
+            // The start that follows meets the old seat's inbox, whose orders are forgotten: the thread that hangs will
+            // not hear them, and two threads would share the counters. Nothing worse.
+            Err(error) => tracing::error!(slot, %error, "there is no descriptor for the new executor's inbox"),
+        }
+    }
+
+    fn rescue(&mut self) {
+        if self.rescue.is_empty() {
+            return;
+        }
+        let before = self.rescue.rescued();
+        let count = self.rescue.run(&self.seats, &self.steer.receivers());
+        if count > 0 {
+            tracing::debug!(count, before, "connections were rescued from queues that nobody empties");
+        }
+    }
+
+    fn answer_scale(&mut self, answer: Result<u16, policy::ScaleRefusal>) {
+        let answer = answer.map(drop).map_err(|refusal| Error::new(Kind::Refused, words::scale_refusal(refusal)));
+        if let Err(error) = &answer {
+            tracing::warn!("an order to scale was refused: {error}");
+        }
+        if let Some(promise) = self.scale_orders.pop_front() {
+            promise.fulfil(answer);
+        }
+    }
+
     /// From here on nothing keeps a listener open but the generation that still empties its queue.
     fn let_go_of_listeners(&mut self) {
-        self.table = None;
+        // What waits where nobody accepts goes to those that are about to drain.
+        self.rescue();
+        self.rescue.set([], &self.seats);
+        self.steer.end();
         self.seats.iter().for_each(|seat| seat.release_listeners());
+        self.left_behind.values().for_each(|seat| seat.release_listeners());
+    }
+
+    /// Lets handles see what the slots are doing.
+    fn show(&self) {
+        for status in self.policy.slots() {
+            let state = match status.state {
+                SlotState::Idle | SlotState::Ended => ExecutorState::Idle,
+                SlotState::Starting => ExecutorState::Starting,
+                SlotState::Ready => ExecutorState::Serving,
+                SlotState::Stalled => ExecutorState::Stalled,
+                SlotState::Starved => ExecutorState::Starved,
+                SlotState::Draining => ExecutorState::Draining,
+                SlotState::Stopping => ExecutorState::Stopping,
+                SlotState::Backoff => ExecutorState::Backoff,
+                SlotState::Quarantined => ExecutorState::Quarantined,
+            };
+            self.shared.slots[usize::from(status.slot)].set_state(state);
+        }
     }
 
     fn exit(mut self, outcome: Outcome) {
         self.let_go_of_listeners();
+        self.show();
         if let Some(signals) = self.signals.take() {
             signals.end();
         }
         self.shared.ready.store(false, Ordering::Relaxed);
-        let result = self.result(outcome);
+        let failure_of = |slot: Option<u16>| match slot {
+            Some(slot) => self.failures.get(&slot).cloned(),
+            None => self.failures.values().next().cloned(),
+        };
+        let result = exit::result(outcome, self.starting.is_none(), failure_of);
         if let (Some(promise), Err(error)) = (self.starting.take(), &result) {
             promise.fulfil(Err(error.clone()));
         } else {
@@ -323,28 +451,5 @@ impl Supervisor {
         // What a caller sees after the end is final: nothing of the server's is left open when it is told.
         drop(self);
         shared.ended(result);
-    }
-
-    fn result(&self, outcome: Outcome) -> Result<Exit, Error> {
-        match outcome {
-            Outcome::Stopped { how, abandoned, .. } if self.starting.is_none() => {
-                Ok(Exit { drained: how == Stopped::Drained, abandoned: usize::from(abandoned) })
-            }
-            Outcome::Stopped { .. } => Err(Error::new(Kind::Start, "the server was stopped before it had started")),
-            Outcome::StartFailed { slot, failure, .. } => {
-                let why = self.failures.get(&slot).cloned().unwrap_or_else(|| match failure {
-                    policy::Failure::StartTimedOut => "its start-up took too long".to_owned(),
-                    policy::Failure::ThreadDied => "its thread ended; the log has more".to_owned(),
-                    other => format!("{other:?}"),
-                });
-                Err(Error::new(Kind::Start, format!("executor {slot} did not start: {why}")))
-            }
-            Outcome::AllQuarantined { .. } => {
-                let last = self.failures.values().next().cloned().unwrap_or_default();
-                let message =
-                    format!("every executor failed too often and was given up; the last to be heard of one: {last}");
-                Err(Error::new(Kind::Quarantined, message))
-            }
-        }
     }
 }

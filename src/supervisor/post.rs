@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use crate::executor::slot::Report;
 use crate::handle::Stop;
+use crate::order::Promise;
 use crate::sys::eventfd::EventFd;
 
 /// What the supervisor is told.
@@ -15,6 +16,8 @@ use crate::sys::eventfd::EventFd;
 pub(crate) enum Message {
     Report(Report),
     Stop(Stop),
+    /// So many executors are wanted.
+    Scale(usize, Promise<()>),
     /// A signal that asks to stop.
     Signal(i32),
 }

@@ -1,0 +1,41 @@
+//! How a server's end is told: an outcome of the policy becomes what `join`, `stop` and `start` answer.
+
+use super::policy::{self, Outcome, Stopped};
+use crate::Error;
+use crate::error::Kind;
+use crate::handle::Exit;
+
+/// What everybody is told who waits for the end.
+///
+/// `had_started`: whether `start` has been answered already. `failure_of` is what the last failure of a slot said.
+pub(super) fn result(
+    outcome: Outcome,
+    had_started: bool,
+    failure_of: impl Fn(Option<u16>) -> Option<String>,
+) -> Result<Exit, Error> {
+    match outcome {
+        Outcome::Stopped { .. } if !had_started => {
+            Err(Error::new(Kind::Start, "the server was stopped before it had started"))
+        }
+        Outcome::Stopped { how, handed_over, failed, abandoned } => Ok(Exit {
+            drained: how == Stopped::Drained && failed == 0,
+            handed_over,
+            failed: usize::from(failed),
+            abandoned: usize::from(abandoned),
+        }),
+        Outcome::StartFailed { slot, failure, .. } => {
+            let why = failure_of(Some(slot)).unwrap_or_else(|| match failure {
+                policy::Failure::StartTimedOut => "its start-up took too long".to_owned(),
+                policy::Failure::ThreadDied => "its thread ended; the log has more".to_owned(),
+                other => format!("{other:?}"),
+            });
+            Err(Error::new(Kind::Start, format!("executor {slot} did not start: {why}")))
+        }
+        Outcome::AllQuarantined { .. } => {
+            let last = failure_of(None).unwrap_or_default();
+            let message =
+                format!("every executor failed too often and was given up; the last to be heard of one: {last}");
+            Err(Error::new(Kind::Quarantined, message))
+        }
+    }
+}
