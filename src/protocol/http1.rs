@@ -81,13 +81,15 @@ impl<S: Service> Speak for Http1<S> {
             let request = request.map(|body| {
                 Body::incoming(body, limits.body_bytes_max, limits.body_timeout, &activity.uploads, info.clone())
             });
-            async move {
+            // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
+            // too, and moves it there; this one is large.
+            Box::pin(async move {
                 if oversized {
                     return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
                 }
                 let result = Contained::new(service.call(request)).await;
                 Ok(respond(result, in_flight))
-            }
+            })
         });
         Box::pin(self.builder.serve_connection(io, answer))
     }

@@ -2,6 +2,7 @@
 //! that can. Nothing is served here, and nothing is taken that an executor would accept itself.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ pub(super) struct Rescue {
     listeners: Vec<Arc<Vec<Listener>>>,
     /// The last try ended because no executor had room, or descriptors ran out: waiting for readiness would spin.
     blocked: bool,
+    /// The system has refused to accept, and that has been said.
+    refused: bool,
     rescued: u64,
 }
 
@@ -66,9 +69,17 @@ impl Rescue {
         for listener in self.listeners.iter().flat_map(|listeners| listeners.iter()) {
             match empty(listener, &mut receivers) {
                 Ok(taken) => count += taken,
-                Err(Blocked) => self.blocked = true,
+                Err(Blocked::NoRoom) => self.blocked = true,
+                Err(Blocked::Refused(error)) => {
+                    if !std::mem::replace(&mut self.refused, true) {
+                        let listener = &listener.name;
+                        tracing::warn!(%listener, %error, "connections that are to be rescued cannot be accepted yet");
+                    }
+                    self.blocked = true;
+                }
             }
         }
+        self.refused &= self.blocked;
         self.rescued += count;
         count
     }
@@ -79,14 +90,19 @@ impl Rescue {
     }
 }
 
-/// There is no room for what waits, or the system refuses it.
-struct Blocked;
+/// Why connections stay where they wait.
+enum Blocked {
+    /// No executor has room.
+    NoRoom,
+    /// Descriptors or memory have run out.
+    Refused(io::Error),
+}
 
 fn empty(listener: &Listener, receivers: &mut Receivers<'_>) -> Result<u64, Blocked> {
     let mut taken = 0;
     for _ in 0..BATCH_MAX {
         if !receivers.has_room() {
-            return Err(Blocked);
+            return Err(Blocked::NoRoom);
         }
         match socket::accept(listener.fd.as_fd()) {
             Ok((fd, peer)) => {
@@ -96,10 +112,7 @@ fn empty(listener: &Listener, receivers: &mut Receivers<'_>) -> Result<u64, Bloc
             Err(error) => match socket::classify_accept(&error) {
                 AcceptFailure::Empty => break,
                 AcceptFailure::Connection => {}
-                AcceptFailure::Resources | AcceptFailure::Fatal => {
-                    tracing::warn!(listener = %listener.name, %error, "a connection could not be rescued; it waits");
-                    return Err(Blocked);
-                }
+                AcceptFailure::Resources | AcceptFailure::Fatal => return Err(Blocked::Refused(error)),
             },
         }
     }

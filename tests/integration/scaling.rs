@@ -1,0 +1,167 @@
+//! More executors and fewer: by order and by load, with nothing lost.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use ringleader::{Body, Builder, ExecutorState, Request, Response, Scaling, Stop, service_fn};
+
+use crate::support::{BOUND, Client, Gate, Site, eventually, local, settle};
+
+/// Answers with its executor; `/slow` waits at the gate, `/busy` keeps its thread for 5 ms.
+fn site(builder: Builder) -> (Site, Gate) {
+    let gate = Gate::shut();
+    let server = {
+        let gate = gate.clone();
+        builder.serve(async move |shard: ringleader::Shard| {
+            let gate = gate.clone();
+            Ok(service_fn(async move |request: Request| {
+                match request.uri().path() {
+                    "/slow" => gate.passed().await,
+                    "/busy" => std::thread::sleep(Duration::from_millis(5)),
+                    _ => {}
+                }
+                Ok(Response::new(Body::from(shard.id().to_string())))
+            }))
+        })
+    };
+    (Site::start(server), gate)
+}
+
+fn serving(site: &Site) -> usize {
+    site.stats().executors.iter().filter(|executor| executor.state == ExecutorState::Serving).count()
+}
+
+fn idle(site: &Site) -> usize {
+    site.stats().executors.iter().filter(|executor| executor.state == ExecutorState::Idle).count()
+}
+
+#[test]
+fn an_order_takes_executors_away_and_brings_them_back() {
+    let (site, gate) = site(local(4));
+    let mut slow: Vec<Client> = (0..16).map(|_| site.connect()).collect();
+    slow.iter_mut().for_each(|client| client.ask("/slow"));
+    eventually("the handlers run", || {
+        site.stats().executors.iter().map(|executor| executor.in_flight).sum::<u64>() == 16
+    });
+    settle(site.scale(1)).expect("there are four slots");
+    eventually("one serves", || serving(&site) == 1);
+    for _ in 0..20 {
+        assert_eq!(site.connect().get("/").text().len(), 1);
+    }
+    gate.open();
+    slow.iter_mut().for_each(|client| assert_eq!(client.answer().status, 200));
+    eventually("the others have gone", || idle(&site) == 3);
+    settle(site.scale(4)).expect("there are four slots");
+    eventually("all serve", || serving(&site) == 4);
+    let mut met = std::collections::HashSet::new();
+    eventually("each is met", || {
+        met.insert(site.connect().get("/").text().to_owned());
+        met.len() == 4
+    });
+    assert!(settle(site.stop(Stop::Drain(BOUND))).expect("it stops").drained);
+}
+
+#[test]
+fn what_an_executor_had_is_given_back_when_it_goes() {
+    // Other tests of this process start threads as well: only those of this server are counted.
+    let ours = || {
+        let threads = std::fs::read_dir("/proc/self/task").expect("our own").flatten();
+        let names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
+        names.filter(|name| name.starts_with("scaled")).count()
+    };
+    let server = local(3).name("scaled").serve(async |_: ringleader::Shard| Ok(service_fn(crate::support::echo)));
+    let site = Site::start(server);
+    assert_eq!(ours(), 4, "three executors and a supervisor");
+    settle(site.scale(1)).expect("there are three slots");
+    eventually("two threads have ended", || ours() == 2);
+    settle(site.scale(3)).expect("there are three slots");
+    eventually("they are back", || ours() == 4 && serving(&site) == 3);
+}
+
+#[test]
+fn an_order_out_of_range_is_refused_and_changes_nothing() {
+    let (site, _gate) = site(local(2));
+    for count in [0, 3, 1_000_000] {
+        let error = settle(site.scale(count)).expect_err("there are two slots");
+        assert!(error.is_refused(), "{error:?}");
+        assert!(error.to_string().contains("1 to 2"), "{error}");
+    }
+    assert_eq!(serving(&site), 2);
+}
+
+#[test]
+fn an_order_to_a_server_that_has_ended_is_refused() {
+    let (site, _gate) = site(local(1));
+    let handle = (*site).clone();
+    settle(site.stop(Stop::Now)).expect("it stops");
+    assert!(settle(handle.scale(1)).expect_err("it has ended").is_refused());
+}
+
+#[test]
+fn orders_under_traffic_lose_nothing() {
+    let (site, _gate) = site(local(4));
+    let (done, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (done, served, address) = (Arc::clone(&done), Arc::clone(&served), site.address());
+            std::thread::spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(Client::connect(address).get("/").status, 200);
+                    served.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    for round in 0..60 {
+        settle(site.scale([1, 4, 2, 3][round % 4])).expect("there are four slots");
+        let before = served.load(Ordering::Relaxed);
+        eventually("clients are served", || served.load(Ordering::Relaxed) >= before + 8);
+    }
+    done.store(true, Ordering::Relaxed);
+    clients.into_iter().for_each(|client| client.join().expect("every connection was answered"));
+}
+
+#[test]
+fn executors_follow_the_load() {
+    let mut scaling = Scaling::default();
+    scaling.period = Duration::from_millis(50);
+    (scaling.up_after, scaling.down_after) = (2, 4);
+    let server = local(1).executors(1..=3).scaling(scaling);
+    let (site, _gate) = site(server);
+    assert_eq!((serving(&site), idle(&site)), (1, 2), "it starts with the fewest");
+    let done = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..12)
+        .map(|_| {
+            let (done, address) = (Arc::clone(&done), site.address());
+            std::thread::spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(Client::connect(address).get("/busy").status, 200);
+                }
+            })
+        })
+        .collect();
+    eventually("there are as many as there may be", || serving(&site) == 3);
+    done.store(true, Ordering::Relaxed);
+    clients.into_iter().for_each(|client| client.join().expect("every connection was answered"));
+    eventually("there are as few as there may be", || serving(&site) == 1 && idle(&site) == 2);
+}
+
+#[test]
+fn readiness_turns_before_a_drain_begins_to_refuse() {
+    let (site, _gate) = site(local(2).drain_delay(Duration::from_secs(1)));
+    let start = Instant::now();
+    let exit = site.stop(Stop::Drain(BOUND));
+    eventually("it is not ready", || !site.stats().ready);
+    assert_eq!(site.connect().get("/").status, 200, "it still accepts");
+    assert!(settle(exit).expect("it stops").drained);
+    assert!(start.elapsed() >= Duration::from_secs(1), "it has waited for the load balancer");
+}
+
+#[test]
+fn a_stop_at_once_does_not_wait_for_the_load_balancer() {
+    let (site, _gate) = site(local(1).drain_delay(Duration::from_secs(3600)));
+    let drain = site.stop(Stop::Drain(BOUND));
+    settle(site.stop(Stop::Now)).expect("it stops");
+    settle(drain).expect("so does the drain");
+}

@@ -1,0 +1,178 @@
+//! An executor whose handler does not give the thread back: who is served meanwhile, and by whom.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Stop, service_fn};
+
+use crate::support::{BOUND, Client, Site, eventually, local, settle, spawn};
+
+/// What `/block` waits for, with its thread: this is the stall.
+#[derive(Clone, Default)]
+struct Block(Arc<(Mutex<bool>, Condvar)>);
+
+impl Block {
+    fn end(&self) {
+        *self.0.0.lock().expect("no handler panics") = true;
+        self.0.1.notify_all();
+    }
+
+    fn wait(&self) {
+        let ended = self.0.0.lock().expect("no handler panics");
+        drop(self.0.1.wait_while(ended, |ended| !*ended).expect("no handler panics"));
+    }
+}
+
+/// A test that fails must not leave its executor blocked: the server could not be stopped.
+impl Drop for Block {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.end();
+        }
+    }
+}
+
+/// Answers with executor and generation; `/block` does so only when the block ends.
+fn site(builder: Builder) -> (Site, Block) {
+    let block = Block::default();
+    let server = {
+        let block = block.clone();
+        builder.serve(async move |shard: ringleader::Shard| {
+            let block = block.clone();
+            Ok(service_fn(async move |request: Request| {
+                if request.uri().path() == "/block" {
+                    block.wait();
+                }
+                Ok(Response::new(Body::from(format!("{} {}", shard.id(), shard.generation()))))
+            }))
+        })
+    };
+    (Site::start(server), block)
+}
+
+/// Executor and generation that answer on this connection.
+fn who(client: &mut Client) -> (usize, u64) {
+    let answer = client.get("/");
+    let (executor, generation) = answer.text().split_once(' ').expect("two numbers");
+    (executor.parse().expect("a number"), generation.parse().expect("a number"))
+}
+
+/// Blocks the executor of a new connection; that connection and the executor.
+fn block_one(site: &Site) -> (Client, usize) {
+    let mut victim = site.connect();
+    let (executor, _) = who(&mut victim);
+    victim.ask("/block");
+    (victim, executor)
+}
+
+fn state(site: &Site, executor: usize) -> ExecutorState {
+    site.stats().executors[executor].state
+}
+
+fn is_set_aside(site: &Site, executor: usize) -> bool {
+    matches!(state(site, executor), ExecutorState::Stalled | ExecutorState::Starved)
+}
+
+#[test]
+fn nobody_waits_for_a_stalled_executor_who_has_not_met_it_before() {
+    let (site, block) = site(local(3));
+    let (mut victim, executor) = block_one(&site);
+    // Some of these are in the stalled executor's queue before anybody has noticed.
+    let mut clients: Vec<Client> = (0..60).map(|_| site.connect()).collect();
+    for client in &mut clients {
+        assert_ne!(who(client).0, executor, "it is blocked");
+    }
+    eventually("the stall is noticed", || is_set_aside(&site, executor));
+    let mut later: Vec<Client> = (0..20).map(|_| site.connect()).collect();
+    for client in &mut later {
+        assert_ne!(who(client).0, executor, "it is blocked");
+    }
+    assert!(site.stats().ready, "two of three serve");
+    block.end();
+    assert!(victim.answer().text().starts_with(&executor.to_string()), "its own connection has waited for it");
+    eventually("it serves again", || state(&site, executor) == ExecutorState::Serving);
+    let mut met = Vec::new();
+    eventually("new connections go to it again", || {
+        met.push(site.connect());
+        who(met.last_mut().expect("just pushed")).0 == executor
+    });
+}
+
+#[test]
+fn connections_from_a_stalled_executors_queue_are_counted() {
+    let (site, block) = site(local(2));
+    let (_victim, executor) = block_one(&site);
+    let mut clients: Vec<Client> = (0..40).map(|_| site.connect()).collect();
+    clients.iter_mut().for_each(|client| assert_ne!(who(client).0, executor));
+    let rescued: u64 = site.stats().executors.iter().map(|executor| executor.rescued).sum();
+    // Of 40, chance leaves all to the other executor once in 10^12 runs.
+    assert!(rescued > 0, "some were in the stalled executor's queue");
+    block.end();
+}
+
+#[test]
+fn a_server_of_which_most_executors_are_stalled_is_not_ready() {
+    let (site, block) = site(local(2));
+    let (_one, first) = block_one(&site);
+    let _others: Vec<Client> = (0..64)
+        .map_while(|_| {
+            let mut client = site.connect();
+            is_set_aside(&site, first).then_some(())?;
+            client.ask("/block");
+            Some(client)
+        })
+        .collect();
+    eventually("one is stalled", || is_set_aside(&site, first));
+    let mut another = site.connect();
+    another.ask("/block");
+    eventually("both are stalled", || is_set_aside(&site, 0) && is_set_aside(&site, 1));
+    eventually("it is not ready", || !site.stats().ready);
+    block.end();
+    eventually("it is ready again", || site.stats().ready);
+}
+
+#[test]
+fn a_hung_executor_is_replaced_and_its_clients_see_the_end() {
+    let hang = Duration::from_millis(300);
+    let (site, block) = site(local(2).hang(HangPolicy::Replace, Some(hang)));
+    let (mut victim, executor) = block_one(&site);
+    victim.expect_end();
+    eventually("another generation is in its place", || {
+        let stats = site.stats();
+        stats.executors[executor].generation == 2 && stats.executors[executor].state == ExecutorState::Serving
+    });
+    assert_eq!(site.stats().threads_leaked, 1);
+    let mut met = Vec::new();
+    eventually("it serves", || {
+        met.push(site.connect());
+        who(met.last_mut().expect("just pushed")) == (executor, 2)
+    });
+    assert!(site.stats().ready);
+    block.end();
+    eventually("the thread has come back and ended", || site.stats().threads_leaked == 0);
+    assert_eq!(who(met.last_mut().expect("one met it")), (executor, 2), "the one in its place goes on");
+    let exit = settle(site.stop(Stop::Drain(BOUND))).expect("it stops");
+    assert_eq!(exit.abandoned, 0);
+}
+
+#[test]
+fn a_hung_executor_that_is_not_to_be_replaced_is_waited_for() {
+    let hang = Duration::from_millis(150);
+    let (site, block) = site(local(2).hang(HangPolicy::Ignore, Some(hang)));
+    let (mut victim, executor) = block_one(&site);
+    eventually("the stall is noticed", || is_set_aside(&site, executor));
+    std::thread::sleep(2 * hang);
+    assert_eq!(site.stats().executors[executor].generation, 1);
+    block.end();
+    assert_eq!(victim.answer().text(), format!("{executor} 1"));
+}
+
+#[test]
+fn a_server_told_to_abort_on_a_hang_does() {
+    let server = spawn(&[], &["--executors", "2", "--chaos", "--on-hang", "abort", "--hang-timeout", "0.3"]);
+    let mut victim = server.connect();
+    victim.ask("/chaos/spin?ms=60000");
+    let ended = server.wait();
+    assert_eq!(ended.status, None, "it ends by a signal");
+    assert!(ended.printed.contains("hangs"), "{}", ended.printed);
+}
