@@ -23,7 +23,7 @@ use crate::protocol::http1::Http1;
 use crate::service::Service;
 use crate::settings::{HttpLimits, Settings};
 use crate::shard::Shard;
-use crate::steering::{self, Table};
+use crate::steering::{self, Kernel, Members, Realise, Table};
 use crate::supervisor;
 use crate::supervisor::policy::{self, HangPolicy, Scaling};
 use crate::supervisor::post::{self, Message, Post};
@@ -48,6 +48,8 @@ pub enum Steering {
     Random,
     /// By a hash of addresses and ports: a retransmitted SYN meets the same executor.
     Hash,
+    /// Preferably to executors with fewer open connections and less to do: for connections that live long.
+    LeastLoaded,
 }
 
 /// When and how often a failed executor is restarted.
@@ -397,13 +399,15 @@ impl Server {
         let cpus = builder.executor_cpus()?;
         let mut warnings = Vec::new();
         let connections_max = builder.room(cpus.len(), &mut warnings)?;
+        // Before the executors, who write their heartbeats into its memory.
+        let kernel = Kernel::probe(cpus.len() as u16, Realise::Best);
         let groups = builder.bind(cpus.len(), &mut warnings)?;
-        let table = builder.table(&groups, cpus.len())?;
+        let table = builder.table(&groups, cpus.len(), &kernel)?;
         let addresses = groups.iter().map(|group| group.address).collect();
         let settings = Arc::new(Settings { name: builder.name.clone(), connections_max, http: builder.http.clone() });
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
-        let seats = seats(&cpus, groups, &settings, &factory, &post)?;
+        let seats = seats(&cpus, groups, kernel.heartbeats(), &settings, &factory, &post)?;
         let slots = seats.iter().map(|seat| Slot::new(seat.cpu, Arc::clone(&seat.cells))).collect();
         let shared = Arc::new(Shared {
             addresses,
@@ -520,17 +524,17 @@ impl Builder {
         Ok(groups)
     }
 
-    fn table(&self, groups: &[Group], executors: usize) -> Result<Table, Error> {
+    fn table(&self, groups: &[Group], executors: usize, kernel: &Kernel) -> Result<Table, Error> {
         let name = match self.steering {
             Steering::Random => "random",
             Steering::Hash => "hash",
+            Steering::LeastLoaded => "least-loaded",
         };
         let seed = std::process::id().wrapping_mul(0x9E37_79B9);
         let policy = steering::by_name(name, seed).expect("every variant of `Steering` names a policy");
-        let members: Result<Vec<_>, _> =
-            groups.iter().map(|group| group.listeners[0].as_fd().try_clone_to_owned()).collect();
-        let members = members.map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))?;
-        Ok(Table::new(policy, executors as u16, members))
+        let members = groups.iter().map(|group| Members { listeners: &group.listeners, sockets: None }).collect();
+        Table::new(policy, executors as u16, members, kernel)
+            .map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))
     }
 
     /// How to supervise `slots` slots.
@@ -548,13 +552,13 @@ impl Builder {
 fn seats(
     cpus: &[usize],
     groups: Vec<Group>,
+    heartbeats: &Arc<Heartbeats>,
     settings: &Arc<Settings>,
     factory: &Arc<dyn Factory>,
     post: &Post,
 ) -> Result<Vec<Arc<SlotSeat>>, Error> {
     let mut groups: Vec<(Arc<str>, _)> =
         groups.into_iter().map(|group| (Arc::from(group.address.to_string()), group.listeners.into_iter())).collect();
-    let heartbeats = Heartbeats::on_heap(cpus.len() as u16);
     let mut seats = Vec::new();
     for (slot, cpu) in cpus.iter().enumerate() {
         let listeners = groups

@@ -131,6 +131,8 @@ enum SteeringName {
     Random,
     /// By addresses and ports: a retransmitted SYN meets the same executor
     Hash,
+    /// Preferably to executors with fewer open connections and less to do: for connections that live long
+    LeastLoaded,
 }
 
 fn parse_executors(text: &str) -> Result<Count, String> {
@@ -211,6 +213,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .steering(match arguments.steering {
             SteeringName::Random => Steering::Random,
             SteeringName::Hash => Steering::Hash,
+            SteeringName::LeastLoaded => Steering::LeastLoaded,
         });
     for address in &arguments.listen {
         builder = builder.listen(address.as_str());

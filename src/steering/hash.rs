@@ -1,7 +1,9 @@
 //! Each new connection goes to the active slot its client's address and port hash to.
 //!
 //! A SYN that is sent again, a client that reconnects from the same port and a SYN cookie that comes
-//! back all meet the same slot for as long as the table does not change.
+//! back all meet the same slot for as long as the table does not change. Weights would change it all the time, so
+//! they are ignored. Where the extended program finds the slot stale, the connection goes to another one, which is found
+//! from the same hash.
 //!
 //! The hash is computed here, from the packet. The one that the kernel offers ready-made
 //! (`SKF_AD_RXHASH`) is only what someone else has left in the packet: the network card, or nobody, and
@@ -16,8 +18,8 @@ use libc::{
     BPF_RSH, BPF_ST, BPF_TAX, BPF_W, BPF_X, BPF_XOR, SKF_NET_OFF, sock_filter,
 };
 
-use super::Steering;
 use super::program::{choose, jump, statement};
+use super::{Draw, Share, Steering};
 
 /// The policy for clients whose retries should stay together.
 #[derive(Clone, Copy, Debug)]
@@ -31,10 +33,9 @@ impl Hash {
         Self { seed }
     }
 
-    /// What the program computes, as a function: the slot for a connection from `client` to the
-    /// local `port`. The list must be as in [`Steering::program`].
+    /// What the programs compute, as a function: the hash of a connection from `client` to the local `port`.
     #[cfg(test)]
-    pub fn slot(&self, client: SocketAddr, port: u16, active: &[u16]) -> Option<u16> {
+    pub fn number(&self, client: SocketAddr, port: u16) -> u32 {
         let words: Vec<u32> = match client {
             SocketAddr::V4(client) => vec![u32::from(*client.ip())],
             SocketAddr::V6(client) => {
@@ -48,8 +49,13 @@ impl Hash {
         let mut hash = address ^ ports ^ self.seed;
         hash = (hash ^ (hash >> 16)).wrapping_mul(MIX_ONE);
         hash = (hash ^ (hash >> 13)).wrapping_mul(MIX_TWO);
-        hash ^= hash >> 16;
-        let position = hash.checked_rem(u32::try_from(active.len()).ok()?)?;
+        hash ^ (hash >> 16)
+    }
+
+    /// The slot that the classic program chooses for it.
+    #[cfg(test)]
+    pub fn slot(&self, client: SocketAddr, port: u16, active: &[u16]) -> Option<u16> {
+        let position = self.number(client, port).checked_rem(u32::try_from(active.len()).ok()?)?;
         active.get(position as usize).copied()
     }
 }
@@ -59,10 +65,19 @@ impl Steering for Hash {
         "hash"
     }
 
-    fn program(&self, active: &[u16], _slots: u16) -> Option<Vec<sock_filter>> {
-        if active.is_empty() {
+    fn draw(&self) -> Draw {
+        Draw::Hash { seed: self.seed }
+    }
+
+    fn takes_weights(&self) -> bool {
+        false
+    }
+
+    fn program(&self, shares: &[Share], _slots: u16) -> Option<Vec<sock_filter>> {
+        if shares.is_empty() {
             return None;
         }
+        let active: Vec<u16> = shares.iter().map(|share| share.slot).collect();
         let v6 = combine_v6();
         let v4 = combine_v4(v6.len() as u32);
         let mut program = vec![
@@ -83,7 +98,7 @@ impl Steering for Hash {
                 program.push(statement(BPF_ALU | BPF_MUL | BPF_K, multiplier));
             }
         }
-        Some(choose(program, active))
+        Some(choose(program, &active))
     }
 }
 
@@ -126,9 +141,9 @@ fn network(offset: i32) -> u32 {
 }
 
 /// 2^32 over the golden ratio, made odd.
-const SPREAD: u32 = 0x9e37_79b9;
-const MIX_ONE: u32 = 0x85eb_ca6b;
-const MIX_TWO: u32 = 0xc2b2_ae35;
+pub(super) const SPREAD: u32 = 0x9e37_79b9;
+pub(super) const MIX_ONE: u32 = 0x85eb_ca6b;
+pub(super) const MIX_TWO: u32 = 0xc2b2_ae35;
 
 #[cfg(test)]
 mod tests {
@@ -137,14 +152,20 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::steering::Table;
+    use crate::steering::{Kernel, Members, Realise, Table, extended};
     use crate::sys::bind::BindError;
     use crate::sys::bind::{ListenOptions, bind_group};
     use crate::sys::poll::wait_readable;
     use crate::sys::socket;
 
-    /// Connects 200 times and compares the slot the kernel chose with the function's.
+    /// Connects 100 times in each way and compares the slot the kernel chose with the function's.
     fn kernel_and_function_agree(listen: &str, connect: std::net::IpAddr, active: &[u16]) {
+        for realise in [Realise::Classic, Realise::Best] {
+            kernel_and_function_agree_in(realise, listen, connect, active);
+        }
+    }
+
+    fn kernel_and_function_agree_in(realise: Realise, listen: &str, connect: std::net::IpAddr, active: &[u16]) {
         let options = ListenOptions { v6_only: false, ..ListenOptions::default() };
         let listeners = match bind_group(listen.parse().unwrap(), 6, &options) {
             Ok(listeners) => listeners,
@@ -153,25 +174,33 @@ mod tests {
         };
         let port = socket::local_addr(listeners[0].as_fd()).unwrap().port();
         let hash = Hash::new(0x5eed_1234);
-        let groups = vec![listeners[0].try_clone().unwrap()];
-        let mut table = Table::new(Box::new(hash), 6, groups);
-        table.set_active(active).unwrap();
+        let groups = vec![Members { listeners: &listeners, sockets: None }];
+        let mut table = Table::new(Box::new(hash), 6, groups, &Kernel::probe(6, realise)).unwrap();
+        // Weights are not for this policy.
+        table.set(active.iter().map(|slot| Share { slot: *slot, weight: 1 + slot })).unwrap();
+        let shares: Vec<_> = active.iter().map(|slot| Share { slot: *slot, weight: 1 }).collect();
+        assert_eq!(table.in_force(), Some(&shares[..]));
 
         let fds: Vec<BorrowedFd<'_>> = listeners.iter().map(AsFd::as_fd).collect();
         let mut used = [0; 6];
-        for _ in 0..200 {
+        for _ in 0..100 {
             let client = match TcpStream::connect((connect, port)) {
                 Ok(client) => client,
                 Err(_) if connect.is_ipv6() => return eprintln!("skipped: no ::1 here"),
                 Err(error) => panic!("{error}"),
             };
             let ready = wait_readable(&fds, Some(Duration::from_secs(5))).unwrap();
-            let expected = hash.slot(client.local_addr().unwrap(), port, active).unwrap();
-            assert_eq!(ready, [usize::from(expected)]);
+            let client = client.local_addr().unwrap();
+            let expected = match table.realisation() {
+                "eBPF" => extended::choose(&extended::entries(&shares), hash.number(client, port)),
+                _ => hash.slot(client, port, active).unwrap(),
+            };
+            assert_eq!(ready, [usize::from(expected)], "{}", table.realisation());
             socket::accept(fds[ready[0]]).unwrap();
             used[ready[0]] += 1;
         }
         for (slot, used) in used.into_iter().enumerate() {
+            // Of six slots one stays without any of 100 in one of 10^7 runs.
             assert_eq!(used > 0, active.contains(&(slot as u16)), "slot {slot}");
         }
     }

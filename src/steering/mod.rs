@@ -1,53 +1,159 @@
-//! Steering: which slots new connections may go to, and the program in the kernel that realises it.
+//! Steering: which slots new connections may go to, in which proportion, and the program in the kernel that realises it.
 //!
-//! The listeners of one address form a reuseport group, and a small BPF program picks the member for
-//! every SYN. [`Table`] holds the set of active slots and attaches a new program when the set changes;
-//! a [`Steering`] policy writes the program. Listeners are never closed, so a change loses nothing:
-//! what is already in a queue, or half-open on its way into one, stays with its slot, and the
-//! supervisor empties the queues of inactive slots.
+//! The listeners of one address form a reuseport group, and a small BPF program picks the member for every SYN.
+//! [`Table`] holds the shares of the slots and puts a change in force. Listeners are never closed, so a change loses
+//! nothing: what is already in a queue, or half-open on its way into one, stays with its slot, and the supervisor
+//! empties the queues of inactive slots. Only new connections are steered; open ones are never moved.
 //!
-//! A policy is one file with one implementation of [`Steering`] and a row in [`by_name`].
-//! [`random`] spreads best, [`hash`] keeps the retransmitted SYNs of a client on one slot.
+//! A policy is one file with one implementation of [`Steering`] and a row in [`by_name`]. [`random`] spreads best,
+//! [`hash`] keeps the retransmitted SYNs of a client on one slot, [`least_loaded`] evens out connections that live long.
 //!
-//! To come, each as one file: *eBPF*, a `BPF_PROG_TYPE_SK_REUSEPORT` program with its table in an
-//! mmapable array map, so that a change of the table is a store to memory and the program passes over
-//! slots with a stale heartbeat by itself. It needs CAP_BPF and CAP_NET_ADMIN when it is loaded, so
-//! classic BPF stays as what works everywhere; `Table` then holds "how a set is put in force" behind
-//! the same `set_active`. *Least-loaded*, weights from queue depth and utilisation: with classic BPF
-//! a slot is repeated in the list a policy gets in proportion to its weight, with eBPF the weights are
-//! in the map.
+//! A table is realised in one of two ways. [`extended`] BPF, where the process may load it: a change is a store to
+//! memory, and the program passes over slots with a stale heartbeat by itself. Otherwise classic BPF ([`program`]),
+//! which needs no privilege: a change attaches a new program, and a stalled slot gets connections until the supervisor
+//! has noticed.
 //!
-//! Not here: deciding which slots are active. That is the supervisor's policy.
+//! Not here: deciding which slots are active, and sampling their loads. That is the supervisor's.
 
+mod extended;
 pub mod hash;
+pub mod least_loaded;
 mod program;
 pub mod random;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use libc::sock_filter;
 
+use crate::sys::heartbeats::Heartbeats;
 use crate::sys::socket;
+use extended::Extended;
 
-/// The most slots a table can have. The longest program for them has about half of the 4,096
-/// instructions the kernel takes.
+/// The most slots a table can have. The longest classic program for them has about half of the 4,096 instructions the
+/// kernel takes.
 pub const SLOTS_MAX: u16 = 1024;
 
-/// A way to choose among the active slots for each new connection.
+/// A slot's part of the new connections: its weight over the sum of all weights. None with weight 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Share {
+    pub slot: u16,
+    pub weight: u16,
+}
+
+/// How loaded a slot is at the moment, as the supervisor samples it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SlotLoad {
+    pub slot: u16,
+    /// Connections open on its executor.
+    pub open: u64,
+    /// The part of the time since the last sample in which the executor was busy, 0 to 1.
+    pub utilisation: f64,
+    /// Connections that wait to be accepted, over all its listeners.
+    pub queue: u32,
+    /// It has no place for a connection.
+    pub full: bool,
+}
+
+/// Where a program takes the number from by which it chooses.
+#[derive(Clone, Copy, Debug)]
+pub enum Draw {
+    /// From the kernel's generator: another one for every SYN.
+    Random,
+    /// From the client's address and both ports: the same for every SYN of a connection.
+    Hash { seed: u32 },
+}
+
+/// A way to choose among the slots for each new connection.
 pub trait Steering: Send {
     /// The policy's name in options and output.
     fn name(&self) -> &'static str;
 
-    /// The program that picks one of `active`: ascending, each once, all below `slots`, which is at
-    /// most [`SLOTS_MAX`]. `None` if there is none to pick from.
-    fn program(&self, active: &[u16], slots: u16) -> Option<Vec<sock_filter>>;
+    /// What the extended program chooses by.
+    fn draw(&self) -> Draw;
+
+    /// The classic program that picks one of `shares`: by slot in ascending order, each once, no weight 0, all below
+    /// `slots`, which is at most [`SLOTS_MAX`]. `None` if there is none to pick from.
+    fn program(&self, shares: &[Share], slots: u16) -> Option<Vec<sock_filter>>;
+
+    /// Whether weights mean anything; otherwise all are taken for equal.
+    fn takes_weights(&self) -> bool {
+        true
+    }
+
+    /// How often [`Table::set_loads`] is to be called; `None` for a policy that loads do not concern.
+    fn refresh(&self) -> Option<Duration> {
+        None
+    }
+
+    /// The shares of active slots under these loads. By default the same for all that have room.
+    fn shares(&self, loads: &[SlotLoad]) -> Vec<Share> {
+        with_room(loads).iter().map(|load| Share { slot: load.slot, weight: 1 }).collect()
+    }
 }
 
 /// The policy of that name. `seed` makes choices that clients could predict differ between processes.
 pub fn by_name(name: &str, seed: u32) -> Option<Box<dyn Steering>> {
-    let policies: [Box<dyn Steering>; 2] = [Box::new(random::Random), Box::new(hash::Hash::new(seed))];
+    let policies: [Box<dyn Steering>; 3] =
+        [Box::new(random::Random), Box::new(hash::Hash::new(seed)), Box::new(least_loaded::LeastLoaded)];
     policies.into_iter().find(|policy| policy.name() == name)
+}
+
+/// The slots that have a place for a connection; all of them if none has, since the kernel has to put them somewhere.
+fn with_room(loads: &[SlotLoad]) -> Vec<SlotLoad> {
+    let with_room: Vec<SlotLoad> = loads.iter().copied().filter(|load| !load.full).collect();
+    if with_room.is_empty() { loads.to_vec() } else { with_room }
+}
+
+/// Which of the two ways is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Realise {
+    /// Extended BPF where it can be loaded, classic BPF otherwise.
+    #[default]
+    Best,
+    /// Classic BPF.
+    #[cfg_attr(not(test), expect(dead_code, reason = "no option of the builder asks for it yet"))]
+    Classic,
+}
+
+/// What the kernel grants to steering: found out first of all, since executors write their heartbeats into its memory.
+pub struct Kernel {
+    heartbeats: Arc<Heartbeats>,
+    /// The map behind the heartbeats, or why there is none.
+    map: Result<OwnedFd, String>,
+}
+
+impl Kernel {
+    /// Tries to make the heartbeats of `slots` slots where programs can read them; in ordinary memory otherwise.
+    pub fn probe(slots: u16, realise: Realise) -> Self {
+        let map = match realise {
+            Realise::Classic => Err("classic BPF was asked for".to_owned()),
+            // Nothing to choose from.
+            Realise::Best if slots == 1 => Err("a single executor needs no steering".to_owned()),
+            Realise::Best => Heartbeats::in_map(slots).map_err(|error| why_not(&error)),
+        };
+        match map {
+            Ok((heartbeats, map)) => Self { heartbeats, map: Ok(map) },
+            Err(reason) => Self { heartbeats: Heartbeats::on_heap(slots), map: Err(reason) },
+        }
+    }
+
+    /// The heartbeats of the slots.
+    pub fn heartbeats(&self) -> &Arc<Heartbeats> {
+        &self.heartbeats
+    }
+}
+
+/// The listeners of one address, one for each slot in order.
+pub struct Members<'a> {
+    pub listeners: &'a [OwnedFd],
+    /// With listeners that another process has passed on: the array that its program selects from
+    /// ([`Table::socket_arrays`]). Without it they are steered by classic BPF for as long as that process lives.
+    pub sockets: Option<OwnedFd>,
 }
 
 /// The slots that take new connections, put in force in the reuseport group of each address.
@@ -56,16 +162,49 @@ pub struct Table {
     slots: u16,
     /// One member of each group; the program belongs to the group.
     groups: Vec<OwnedFd>,
+    way: Way,
     /// What every group's program realises. `None` before the first and after a failure half-way.
-    in_force: Option<Vec<u16>>,
+    in_force: Option<Vec<Share>>,
+}
+
+/// How the table is realised.
+enum Way {
+    Extended {
+        programs: Extended,
+        /// Whether the groups have it.
+        attached: bool,
+    },
+    Classic {
+        /// Why not the other.
+        reason: String,
+    },
 }
 
 impl Table {
-    /// A table of `slots` slots over groups of as many listeners each, given by a duplicate of one
-    /// listener per address. Nothing is attached yet: the kernel spreads over all slots by a hash.
-    pub fn new(policy: Box<dyn Steering>, slots: u16, groups: Vec<OwnedFd>) -> Self {
+    /// A table of `slots` slots over groups of as many listeners each. Nothing is attached yet: the kernel spreads over
+    /// all slots by a hash, or by what another process has attached to listeners that were passed on.
+    ///
+    /// # Errors
+    /// When descriptors run out. That extended BPF cannot be had is no error.
+    pub fn new(
+        policy: Box<dyn Steering>,
+        slots: u16,
+        mut groups: Vec<Members<'_>>,
+        kernel: &Kernel,
+    ) -> io::Result<Self> {
         debug_assert!((1..=SLOTS_MAX).contains(&slots), "{slots} slots");
-        Self { policy, slots, groups, in_force: None }
+        debug_assert!(groups.iter().all(|group| group.listeners.len() == usize::from(slots)));
+        let duplicate = |group: &Members<'_>| group.listeners[0].try_clone();
+        let duplicates: io::Result<Vec<OwnedFd>> = groups.iter().map(duplicate).collect();
+        let loaded = match &kernel.map {
+            Ok(map) => Extended::load(policy.draw(), slots, &mut groups, map).map_err(|error| why_not(&error)),
+            Err(reason) => Err(reason.clone()),
+        };
+        let way = match loaded {
+            Ok(programs) => Way::Extended { programs, attached: false },
+            Err(reason) => Way::Classic { reason },
+        };
+        Ok(Self { policy, slots, groups: duplicates?, way, in_force: None })
     }
 
     /// The policy's name.
@@ -74,252 +213,174 @@ impl Table {
         self.policy.name()
     }
 
-    /// The slots that the programs in force choose from, ascending; `None` if that is not known.
+    /// The shares by which the programs in force choose, by slot in ascending order and in lowest terms; `None` if that
+    /// is not known.
     #[cfg(test)]
-    pub fn in_force(&self) -> Option<&[u16]> {
+    pub fn in_force(&self) -> Option<&[Share]> {
         self.in_force.as_deref()
     }
 
-    /// Forgets what is in force: another process may have replaced it.
-    pub fn forget(&mut self) {
-        self.in_force = None;
+    /// What steers: `eBPF` or `classic BPF`; `nothing` where there is one slot.
+    pub fn realisation(&self) -> &'static str {
+        match self.way {
+            _ if self.slots == 1 => "nothing",
+            Way::Extended { .. } => "eBPF",
+            Way::Classic { .. } => "classic BPF",
+        }
     }
 
-    /// Steers new connections to these slots from the next SYN on, in any order. Cheap if nothing
-    /// changes.
+    /// Why it is not eBPF, in words that fit behind "because".
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the start-up output to come"))]
+    pub fn reason(&self) -> Option<&str> {
+        match &self.way {
+            Way::Extended { .. } => None,
+            Way::Classic { reason } => Some(reason),
+        }
+    }
+
+    /// How often [`Table::set_loads`] is to be called; `None` if loads do not concern the policy.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the supervisor's timer to come"))]
+    pub fn refresh(&self) -> Option<Duration> {
+        self.policy.refresh()
+    }
+
+    /// How old a heartbeat is that makes the extended program pass over its slot; 20 ms until this is called. Classic
+    /// programs do not look at heartbeats.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the settings of the watchdog to come"))]
+    pub fn set_stale_after(&self, limit: Duration) {
+        if let Way::Extended { programs, .. } = &self.way {
+            programs.set_stale_after(limit);
+        }
+    }
+
+    /// For a process that takes the listeners over: the array of each group's sockets, in the order of the groups. None
+    /// with classic BPF, which leaves nothing to pass on.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the upgrade to come"))]
+    pub fn socket_arrays(&self) -> Vec<BorrowedFd<'_>> {
+        match &self.way {
+            Way::Extended { programs, .. } => programs.socket_arrays().collect(),
+            Way::Classic { .. } => Vec::new(),
+        }
+    }
+
+    /// Steers new connections to these slots, in equal parts, from the next SYN on.
     ///
-    /// With none active the programs stay as they are, because the kernel has to put connections
-    /// somewhere and the supervisor empties the queues of inactive slots anyway. After an error some
-    /// groups may have the new program already; the next call attaches to all again.
+    /// # Errors
+    /// As [`Table::set`].
     pub fn set_active(&mut self, active: &[u16]) -> io::Result<()> {
-        let mut active = active.to_vec();
-        active.sort_unstable();
-        active.dedup();
-        if let Some(slot) = active.last().filter(|slot| **slot >= self.slots) {
+        self.set(active.iter().map(|slot| Share { slot: *slot, weight: 1 }))
+    }
+
+    /// Steers new connections to these active slots as the policy sees fit under their loads.
+    ///
+    /// # Errors
+    /// As [`Table::set`].
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the supervisor's timer to come"))]
+    pub fn set_loads(&mut self, loads: &[SlotLoad]) -> io::Result<()> {
+        self.set(self.policy.shares(loads))
+    }
+
+    /// Steers new connections to these slots, in proportion to their weights, from the next SYN on. In any order; of a
+    /// slot that is named twice the larger weight counts. Cheap if nothing changes.
+    ///
+    /// With none (or nothing but weights of 0) the programs stay as they are, because the kernel has to put connections
+    /// somewhere and the supervisor empties the queues of inactive slots anyway.
+    ///
+    /// # Errors
+    /// For a slot that does not exist, and when the kernel does not take a program. Some groups may have the new program
+    /// then already; the next call attaches to all again.
+    pub fn set(&mut self, shares: impl IntoIterator<Item = Share>) -> io::Result<()> {
+        let shares = normalised(shares, self.policy.takes_weights());
+        if let Some(share) = shares.last().filter(|share| share.slot >= self.slots) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("cannot steer to slot {slot}: there are {} slots", self.slots),
+                format!("cannot steer to slot {}: there are {} slots", share.slot, self.slots),
             ));
         }
-        if self.in_force.as_ref() == Some(&active) {
+        if shares.is_empty() || self.in_force.as_ref() == Some(&shares) {
             return Ok(());
         }
-        let Some(program) = self.policy.program(&active, self.slots) else {
-            return Ok(());
-        };
+        self.in_force = None;
         // A single listener is no group yet, which takes no program and needs none.
         if self.slots > 1 {
-            self.in_force = None;
-            for group in &self.groups {
-                socket::attach_reuseport_cbpf(group.as_fd(), &program)
-                    .map_err(|error| explain(self.policy.name(), &active, program.len(), &error))?;
-            }
+            self.realise(&shares)?;
         }
-        self.in_force = Some(active);
+        self.in_force = Some(shares);
         Ok(())
     }
+
+    /// Puts the table in force again that is in force here, after another process may have given the groups a program of
+    /// its own: a successor that did not become ready.
+    ///
+    /// # Errors
+    /// As [`Table::set`].
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the upgrade to come"))]
+    pub fn reattach(&mut self) -> io::Result<()> {
+        let Some(shares) = self.in_force.take() else { return Ok(()) };
+        if let Way::Extended { attached, .. } = &mut self.way {
+            *attached = false;
+        }
+        self.set(shares)
+    }
+
+    fn realise(&mut self, shares: &[Share]) -> io::Result<()> {
+        let attached = match &mut self.way {
+            Way::Extended { programs, attached } => {
+                programs.store(shares);
+                let outcome = if *attached { Ok(()) } else { programs.attach(&self.groups) };
+                *attached = outcome.is_ok();
+                outcome
+            }
+            Way::Classic { .. } => {
+                let program = self.policy.program(shares, self.slots).expect("there is a share to choose");
+                self.groups.iter().try_for_each(|group| socket::attach_reuseport_cbpf(group.as_fd(), &program))
+            }
+        };
+        attached.map_err(|error| self.explain(shares, &error))
+    }
+
+    fn explain(&self, shares: &[Share], error: &io::Error) -> io::Error {
+        let remedy = match error.raw_os_error() {
+            Some(libc::ENOMEM) => "; raise the sysctl net.core.optmem_max or use fewer executors",
+            _ => "",
+        };
+        let (way, policy, slots) = (self.realisation(), self.policy.name(), shares.len());
+        io::Error::new(
+            error.kind(),
+            format!("cannot attach the '{policy}' steering program ({way}) for {slots} slots: {error}{remedy}"),
+        )
+    }
 }
 
-fn explain(policy: &str, active: &[u16], length: usize, error: &io::Error) -> io::Error {
-    let remedy = match error.raw_os_error() {
-        Some(libc::ENOMEM) => "; raise the sysctl net.core.optmem_max or use fewer executors",
-        _ => "",
-    };
-    io::Error::new(
-        error.kind(),
-        format!(
-            "cannot attach the '{policy}' steering program ({length} instructions) for {} slots: \
-             {error}{remedy}",
-            active.len()
-        ),
-    )
+/// By slot, each once, without weights of 0, and in lowest terms, so that what chooses alike is equal.
+fn normalised(shares: impl IntoIterator<Item = Share>, takes_weights: bool) -> Vec<Share> {
+    let mut shares: Vec<Share> = shares.into_iter().filter(|share| share.weight > 0).collect();
+    // The larger weight of a slot comes first.
+    shares.sort_unstable_by_key(|share| (share.slot, u16::MAX - share.weight));
+    shares.dedup_by_key(|share| share.slot);
+    let divisor = shares.iter().fold(0, |divisor, share| greatest_common_divisor(divisor, share.weight));
+    for share in &mut shares {
+        share.weight = if takes_weights { share.weight / divisor } else { 1 };
+    }
+    shares
 }
 
-#[cfg(test)]
-mod tests {
-    use std::net::{SocketAddr, TcpStream};
-    use std::os::fd::BorrowedFd;
-    use std::time::Duration;
-
-    use super::*;
-    use crate::sys::bind::{ListenOptions, bind_group};
-    use crate::sys::poll::wait_readable;
-
-    /// A group of listeners on loopback and a table over it.
-    struct Fixture {
-        listeners: Vec<OwnedFd>,
-        addr: SocketAddr,
-        table: Table,
+fn greatest_common_divisor(mut one: u16, mut other: u16) -> u16 {
+    while other != 0 {
+        (one, other) = (other, one % other);
     }
+    one
+}
 
-    impl Fixture {
-        fn new(slots: u16, policy: Box<dyn Steering>) -> Self {
-            let any = "127.0.0.1:0".parse().unwrap();
-            let options = ListenOptions::default();
-            let listeners = bind_group(any, slots.into(), &options).unwrap();
-            let addr = socket::local_addr(listeners[0].as_fd()).unwrap();
-            let groups = vec![listeners[0].try_clone().unwrap()];
-            Self { addr, table: Table::new(policy, slots, groups), listeners }
-        }
-
-        fn random(slots: u16) -> Self {
-            Self::new(slots, Box::new(random::Random))
-        }
-
-        fn connect(&self) -> TcpStream {
-            TcpStream::connect(self.addr).unwrap()
-        }
-
-        /// Accepts `expected` connections, waiting for each; how many each slot got.
-        fn accept(&self, expected: usize) -> Vec<usize> {
-            accept_all(&self.listeners, expected)
-        }
-    }
-
-    fn accept_all(listeners: &[OwnedFd], expected: usize) -> Vec<usize> {
-        let fds: Vec<BorrowedFd<'_>> = listeners.iter().map(AsFd::as_fd).collect();
-        let mut counts = vec![0; fds.len()];
-        while counts.iter().sum::<usize>() < expected {
-            let ready = wait_readable(&fds, Some(Duration::from_secs(10))).unwrap();
-            assert!(!ready.is_empty(), "lost: {counts:?} of {expected}");
-            for slot in ready {
-                while socket::accept(fds[slot]).is_ok() {
-                    counts[slot] += 1;
-                }
-            }
-        }
-        counts
-    }
-
-    #[test]
-    fn connections_go_to_active_slots_only() {
-        let mut fixture = Fixture::random(4);
-        for active in [vec![2], vec![0, 3], vec![3, 1], vec![0, 1, 2, 3]] {
-            fixture.table.set_active(&active).unwrap();
-            let _clients: Vec<_> = (0..60).map(|_| fixture.connect()).collect();
-            let counts = fixture.accept(60);
-            for slot in 0..4 {
-                // With four slots a slot stays empty in one of 10^7 runs.
-                assert_eq!(counts[usize::from(slot)] > 0, active.contains(&slot));
-            }
-        }
-    }
-
-    #[test]
-    fn with_no_active_slot_the_program_before_stays() {
-        let mut fixture = Fixture::random(3);
-        fixture.table.set_active(&[1]).unwrap();
-        fixture.table.set_active(&[]).unwrap();
-        assert_eq!(fixture.table.in_force(), Some(&[1][..]));
-        let _clients: Vec<_> = (0..10).map(|_| fixture.connect()).collect();
-        assert_eq!(fixture.accept(10), [0, 10, 0]);
-    }
-
-    #[test]
-    fn a_slot_that_does_not_exist_is_refused_and_nothing_changes() {
-        let mut fixture = Fixture::random(2);
-        fixture.table.set_active(&[1]).unwrap();
-        let error = fixture.table.set_active(&[0, 2]).unwrap_err();
-        assert!(error.to_string().contains("slot 2"), "{error}");
-        assert_eq!(fixture.table.in_force(), Some(&[1][..]));
-    }
-
-    #[test]
-    fn order_and_repetition_do_not_matter_and_a_single_slot_needs_no_program() {
-        let mut fixture = Fixture::random(3);
-        fixture.table.set_active(&[2, 0, 2]).unwrap();
-        assert_eq!(fixture.table.in_force(), Some(&[0, 2][..]));
-
-        let mut fixture = Fixture::random(1);
-        fixture.table.set_active(&[0]).unwrap();
-        let _client = fixture.connect();
-        assert_eq!(fixture.accept(1), [1]);
-    }
-
-    #[test]
-    fn a_failure_says_what_was_attempted_and_is_not_taken_for_success() {
-        let plain = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut table = Table::new(Box::new(random::Random), 2, vec![plain.into()]);
-        let error = table.set_active(&[0, 1]).unwrap_err();
-        assert!(error.to_string().contains("'random' steering program"));
-        assert_eq!(table.in_force(), None);
-        assert!(table.set_active(&[0, 1]).is_err());
-    }
-
-    #[test]
-    fn after_a_failure_half_way_the_next_call_attaches_to_all_again() {
-        let mut fixture = Fixture::random(2);
-        fixture.table.set_active(&[0]).unwrap();
-        let plain = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        fixture.table.groups.push(plain.into());
-        fixture.table.set_active(&[1]).unwrap_err();
-        fixture.table.groups.pop();
-        fixture.table.set_active(&[0]).unwrap();
-        let _clients: Vec<_> = (0..10).map(|_| fixture.connect()).collect();
-        assert_eq!(fixture.accept(10), [10, 0]);
-    }
-
-    #[test]
-    fn random_spreads_evenly_over_four() {
-        let mut fixture = Fixture::random(4);
-        fixture.table.set_active(&[0, 1, 2, 3]).unwrap();
-        let _clients: Vec<_> = (0..400).map(|_| fixture.connect()).collect();
-        let counts = fixture.accept(400);
-        // 15 % to 35 % of 400 is 4.6 standard deviations.
-        assert!(counts.iter().all(|count| (60..=140).contains(count)), "{counts:?}");
-    }
-
-    #[test]
-    fn changing_the_table_under_traffic_loses_no_connection() {
-        const CONNECTS: usize = 600;
-        let Fixture { listeners, addr, mut table } = Fixture::random(4);
-        std::thread::scope(|scope| {
-            let clients = scope.spawn(move || {
-                let connect = |_| TcpStream::connect(addr).unwrap();
-                (0..CONNECTS).map(connect).collect::<Vec<_>>()
-            });
-            let accepted = scope.spawn(|| accept_all(&listeners, CONNECTS));
-            let sets: [&[u16]; 4] = [&[0], &[1, 3], &[2], &[0, 1, 2, 3]];
-            let mut swaps = 0;
-            for set in sets.iter().cycle() {
-                if accepted.is_finished() {
-                    break;
-                }
-                table.set_active(set).unwrap();
-                swaps += 1;
-            }
-            assert!(swaps > 4, "only {swaps} swaps");
-            assert_eq!(accepted.join().unwrap().iter().sum::<usize>(), CONNECTS);
-            assert_eq!(clients.join().unwrap().len(), CONNECTS);
-        });
-    }
-
-    #[test]
-    fn every_address_gets_the_program() {
-        let any = "127.0.0.1:0".parse().unwrap();
-        let options = ListenOptions::default();
-        let groups: Vec<_> = (0..2).map(|_| bind_group(any, 3, &options).unwrap()).collect();
-        let members = groups.iter().map(|g| g[2].try_clone().unwrap()).collect();
-        let mut table = Table::new(Box::new(random::Random), 3, members);
-        table.set_active(&[1]).unwrap();
-        for group in &groups {
-            let addr = socket::local_addr(group[0].as_fd()).unwrap();
-            let _clients: Vec<_> = (0..8).map(|_| TcpStream::connect(addr).unwrap()).collect();
-            assert_eq!(accept_all(group, 8), [0, 8, 0]);
-        }
-    }
-
-    #[test]
-    fn the_kernel_takes_the_longest_programs() {
-        let mut fixture = Fixture::random(2);
-        fixture.table.slots = SLOTS_MAX;
-        let scattered: Vec<u16> = (0..SLOTS_MAX).step_by(2).collect();
-        for name in ["random", "hash"] {
-            fixture.table.policy = by_name(name, 1).unwrap();
-            assert_eq!(fixture.table.policy(), name);
-            fixture.table.in_force = None;
-            fixture.table.set_active(&scattered).unwrap();
-        }
-        assert!(by_name("fair", 1).is_none());
+/// Why extended BPF cannot be had, for somebody who reads what a server says at its start.
+fn why_not(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => "the kernel lets this process load no eBPF program: it takes CAP_BPF and CAP_NET_ADMIN \
+                              (with systemd AmbientCapabilities=), and in a container a seccomp profile that allows bpf"
+            .to_owned(),
+        Some(libc::ENOSYS) => "this kernel has no bpf system call".to_owned(),
+        Some(libc::EBUSY) => "the listeners belong to the eBPF program of another process".to_owned(),
+        Some(libc::ENOMEM) => format!("the kernel has no memory for an eBPF program: {error}"),
+        _ => format!("the kernel does not take the eBPF program: {error}"),
     }
 }

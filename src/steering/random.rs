@@ -4,10 +4,10 @@
 //! retransmitted SYN may go to another slot; that is harmless, because the kernel finds the half-open
 //! connection of the first one before it asks the program.
 
-use libc::{BPF_ABS, BPF_LD, BPF_W, SKF_AD_OFF, SKF_AD_RANDOM, sock_filter};
+use libc::sock_filter;
 
-use super::Steering;
-use super::program::{choose, statement};
+use super::program::random_by_weight;
+use super::{Draw, Share, Steering};
 
 /// The default policy.
 #[derive(Clone, Copy, Debug)]
@@ -18,12 +18,11 @@ impl Steering for Random {
         "random"
     }
 
-    fn program(&self, active: &[u16], _slots: u16) -> Option<Vec<sock_filter>> {
-        if active.is_empty() {
-            return None;
-        }
-        let random = (SKF_AD_OFF + SKF_AD_RANDOM) as u32;
-        let load = statement(BPF_LD | BPF_W | BPF_ABS, random);
-        Some(choose(vec![load], active))
+    fn draw(&self) -> Draw {
+        Draw::Random
+    }
+
+    fn program(&self, shares: &[Share], _slots: u16) -> Option<Vec<sock_filter>> {
+        random_by_weight(shares)
     }
 }

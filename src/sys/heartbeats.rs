@@ -2,25 +2,49 @@
 //! executor with one plain store per turn, read by the supervisor and, where it can be loaded, by the steering program
 //! in the kernel.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
+
+use super::bpf::{self, SharedWords};
 
 /// One slot's, with two cache lines to itself: adjacent lines are fetched in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Line(AtomicU64);
 
+/// From one slot's heartbeat to the next, in the kernel's map too.
+pub const BYTES_PER_SLOT: usize = size_of::<Line>();
+const WORDS_PER_SLOT: usize = BYTES_PER_SLOT / 8;
+
 /// The heartbeats of all slots of a server.
 #[derive(Debug)]
 pub struct Heartbeats {
-    lines: Box<[Line]>,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Heap(Box<[Line]>),
+    Map(SharedWords),
 }
 
 impl Heartbeats {
     /// Of `slots` slots, in ordinary memory.
     pub fn on_heap(slots: u16) -> Arc<Self> {
-        Arc::new(Self { lines: (0..slots).map(|_| Line::default()).collect() })
+        Arc::new(Self { memory: Memory::Heap((0..slots).map(|_| Line::default()).collect()) })
+    }
+
+    /// Of `slots` slots, in the memory of a BPF map, for the programs that are given its descriptor: an executor's store
+    /// is what they read.
+    ///
+    /// # Errors
+    /// When the kernel makes no such map, mostly for want of CAP_BPF.
+    pub fn in_map(slots: u16) -> io::Result<(Arc<Self>, OwnedFd)> {
+        let (map, words) = bpf::shared_words(WORDS_PER_SLOT * usize::from(slots))?;
+        Ok((Arc::new(Self { memory: Memory::Map(words) }), map))
     }
 
     /// The heartbeat of one slot.
@@ -28,7 +52,11 @@ impl Heartbeats {
     /// # Panics
     /// When there is no such slot.
     pub fn of(self: &Arc<Self>, slot: u16) -> Heartbeat {
-        assert!(usize::from(slot) < self.lines.len(), "slot {slot} of {}", self.lines.len());
+        let slots = match &self.memory {
+            Memory::Heap(lines) => lines.len(),
+            Memory::Map(words) => words.len() / WORDS_PER_SLOT,
+        };
+        assert!(usize::from(slot) < slots, "slot {slot} of {slots}");
         Heartbeat { all: Arc::clone(self), slot }
     }
 }
@@ -42,7 +70,10 @@ pub struct Heartbeat {
 
 impl Heartbeat {
     fn line(&self) -> &AtomicU64 {
-        &self.all.lines[usize::from(self.slot)].0
+        match &self.all.memory {
+            Memory::Heap(lines) => &lines[usize::from(self.slot)].0,
+            Memory::Map(words) => &words[WORDS_PER_SLOT * usize::from(self.slot)],
+        }
     }
 
     /// A turn begins: the executor is busy since `now`.
@@ -84,9 +115,7 @@ fn monotonic_nanoseconds(at: Instant) -> u64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_heartbeat_tells_how_long_a_turn_takes_and_whether_there_is_one() {
-        let all = Heartbeats::on_heap(2);
+    fn tells_how_long_a_turn_takes_and_whether_there_is_one(all: &Arc<Heartbeats>) {
         let (one, other) = (all.of(0), all.of(1));
         let now = Instant::now();
         one.busy(now);
@@ -94,5 +123,14 @@ mod tests {
         assert_eq!(other.busy_for(now), None);
         one.asleep();
         assert_eq!(one.busy_for(now), None);
+    }
+
+    #[test]
+    fn a_heartbeat_tells_how_long_a_turn_takes_and_whether_there_is_one() {
+        tells_how_long_a_turn_takes_and_whether_there_is_one(&Heartbeats::on_heap(2));
+        match Heartbeats::in_map(2) {
+            Ok((all, _map)) => tells_how_long_a_turn_takes_and_whether_there_is_one(&all),
+            Err(error) => eprintln!("skipped: {error}"),
+        }
     }
 }
