@@ -143,6 +143,7 @@ impl Kernel {
     }
 
     /// The heartbeats of the slots.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the executors, which do not beat yet"))]
     pub fn heartbeats(&self) -> &Arc<Heartbeats> {
         &self.heartbeats
     }

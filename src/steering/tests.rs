@@ -71,7 +71,7 @@ fn privileged() -> bool {
     let capabilities = u64::from_str_radix(capabilities.trim(), 16).unwrap();
     let (net_admin, bpf) = (1 << 12, 1 << 39);
     // Containers may take the system call away from a process that has them.
-    capabilities & net_admin != 0 && capabilities & bpf != 0 && crate::sys::bpf::shared_words(1).is_ok()
+    capabilities & net_admin != 0 && capabilities & bpf != 0 && crate::sys::bpf::shared_words(1, 1).is_ok()
 }
 
 fn equal(slots: &[u16]) -> Vec<Share> {

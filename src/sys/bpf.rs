@@ -81,14 +81,13 @@ struct LoadProgram {
     prog_name: [u8; 16],
 }
 
-/// An array map of one value of `words` times eight bytes, which a program addresses directly, and its memory.
+/// An array map of `count` values of `words` times eight bytes each, and its memory, in which they follow each other.
 ///
 /// # Errors
 /// `EPERM` without CAP_BPF (and under most container profiles), `ENOSYS`, or no memory.
-pub fn shared_words(words: usize) -> io::Result<(OwnedFd, SharedWords)> {
-    let bytes = u32::try_from(words * 8).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let map = create_map(BPF_MAP_TYPE_ARRAY, bytes, 1, BPF_F_MMAPABLE)?;
-    let memory = SharedWords::of(&map, words)?;
+pub fn shared_words(count: u32, words: u32) -> io::Result<(OwnedFd, SharedWords)> {
+    let map = create_map(BPF_MAP_TYPE_ARRAY, 8 * words, count, BPF_F_MMAPABLE)?;
+    let memory = SharedWords::of(&map, count as usize * words as usize)?;
     Ok((map, memory))
 }
 
@@ -210,10 +209,10 @@ pub fn load_reuseport(program: &[Instruction]) -> io::Result<OwnedFd> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EACCES | libc::E2BIG)) => {
             let mut log = vec![0_u8; 64 * 1024];
             let error = load(program, &mut log).err().unwrap_or(error);
-            let log = String::from_utf8_lossy(&log);
-            let last: Vec<&str> = log.trim_end_matches('\0').lines().rev().take(3).collect();
-            let last: Vec<&str> = last.into_iter().rev().collect();
-            Err(io::Error::new(error.kind(), format!("{error}; the verifier: {}", last.join(" | "))))
+            let written = log.split(|byte| *byte == 0).next().unwrap_or_default();
+            let text = String::from_utf8_lossy(written);
+            let last = text.lines().rfind(|line| !line.starts_with("processed ")).unwrap_or("says nothing");
+            Err(io::Error::new(error.kind(), format!("{error}; the verifier: {last}")))
         }
         other => other,
     }
@@ -333,7 +332,7 @@ mod tests {
 
     #[test]
     fn descriptors_are_closed_on_exec_and_memory_outlives_them() {
-        let (map, memory) = match shared_words(100) {
+        let (map, memory) = match shared_words(20, 5) {
             Ok(made) => made,
             Err(error) if refused(&error) => return eprintln!("skipped: {error}"),
             Err(error) => panic!("{error}"),
@@ -384,7 +383,7 @@ mod tests {
         let copy = || array.as_fd().try_clone_to_owned().unwrap();
         assert!(SocketArray::inherited(copy(), 4).is_ok());
         assert!(SocketArray::inherited(copy(), 5).is_err());
-        let (words, _memory) = shared_words(1).unwrap();
+        let (words, _memory) = shared_words(1, 1).unwrap();
         assert!(SocketArray::inherited(words, 1).is_err());
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(SocketArray::inherited(file.into(), 1).is_err());

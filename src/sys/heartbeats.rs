@@ -15,9 +15,8 @@ use super::bpf::{self, SharedWords};
 #[repr(align(128))]
 struct Line(AtomicU64);
 
-/// From one slot's heartbeat to the next, in the kernel's map too.
-pub const BYTES_PER_SLOT: usize = size_of::<Line>();
-const WORDS_PER_SLOT: usize = BYTES_PER_SLOT / 8;
+/// From one slot's heartbeat to the next, in a map too.
+const WORDS_PER_SLOT: usize = size_of::<Line>() / 8;
 
 /// The heartbeats of all slots of a server.
 #[derive(Debug)]
@@ -38,12 +37,12 @@ impl Heartbeats {
     }
 
     /// Of `slots` slots, in the memory of a BPF map, for the programs that are given its descriptor: an executor's store
-    /// is what they read.
+    /// is what they read, as the first word of the value with the slot's number.
     ///
     /// # Errors
     /// When the kernel makes no such map, mostly for want of CAP_BPF.
     pub fn in_map(slots: u16) -> io::Result<(Arc<Self>, OwnedFd)> {
-        let (map, words) = bpf::shared_words(WORDS_PER_SLOT * usize::from(slots))?;
+        let (map, words) = bpf::shared_words(slots.into(), WORDS_PER_SLOT as u32)?;
         Ok((Arc::new(Self { memory: Memory::Map(words) }), map))
     }
 

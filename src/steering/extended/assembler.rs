@@ -27,7 +27,6 @@ pub(super) struct Label(usize);
 #[derive(Clone, Copy)]
 pub(super) enum Condition {
     Equal = 0x15,
-    AtLeast = 0x35,
     NotEqual = 0x55,
     Below = 0xa5,
     SignedBelow = 0xc5,
@@ -66,9 +65,8 @@ const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const LOAD_DOUBLE: u8 = 0x18;
 const TO_BIG_ENDIAN: u8 = 0xdc;
-/// What the source register of `LOAD_DOUBLE` says about its constant.
+/// In the source register of `LOAD_DOUBLE`: its constant is the descriptor of a map.
 const PSEUDO_MAP: u8 = 1;
-const PSEUDO_MAP_VALUE: u8 = 2;
 
 #[derive(Default)]
 pub(super) struct Assembler {
@@ -145,12 +143,6 @@ impl Assembler {
     /// A map, as an argument for helpers.
     pub(super) fn map(&mut self, to: Register, descriptor: i32) {
         self.push(LOAD_DOUBLE, to as u8, PSEUDO_MAP, 0, descriptor);
-        self.push(0, 0, 0, 0, 0);
-    }
-
-    /// The address of the only value of an array map.
-    pub(super) fn map_value(&mut self, to: Register, descriptor: i32) {
-        self.push(LOAD_DOUBLE, to as u8, PSEUDO_MAP_VALUE, 0, descriptor);
         self.push(0, 0, 0, 0, 0);
     }
 

@@ -48,13 +48,12 @@ struct Group {
 impl Extended {
     /// Makes the maps and loads a program for each group. What is attached to the groups stays in force.
     pub(super) fn load(draw: Draw, slots: u16, groups: &mut [Members<'_>], heartbeats: &OwnedFd) -> io::Result<Self> {
-        let (map, table) = bpf::shared_words(program::ENTRIES + 2 * usize::from(slots))?;
-        table[program::STALE_AFTER].store(STALE_AFTER.as_nanos() as u64, Ordering::Relaxed);
+        let (map, table) = bpf::shared_words(program::ENTRIES + 2 * u32::from(slots), 1)?;
+        table[program::STALE_AFTER as usize].store(STALE_AFTER.as_nanos() as u64, Ordering::Relaxed);
         let load = |group: &mut Members<'_>| {
             let sockets = socket_array(group)?;
             let plan = program::Plan {
                 draw,
-                slots,
                 table: map.as_raw_fd(),
                 heartbeats: heartbeats.as_raw_fd(),
                 sockets: sockets.as_fd().as_raw_fd(),
@@ -68,13 +67,13 @@ impl Extended {
     /// Puts the shares (not empty, each slot once and below `slots`) in force in every group that has our program.
     pub(super) fn store(&self, shares: &[Share]) {
         let entries = alias::entries(shares);
-        let in_force = self.table[program::HEADER].load(Ordering::Relaxed) >> 32;
+        let in_force = self.table[program::HEADER as usize].load(Ordering::Relaxed) >> 32;
         let base = if in_force == 0 { usize::from(self.slots) } else { 0 };
-        let list = &self.table[program::ENTRIES + base..][..usize::from(self.slots)];
+        let list = &self.table[program::ENTRIES as usize + base..][..usize::from(self.slots)];
         for (place, entry) in list.iter().zip(entries.iter().cycle()) {
             place.store(*entry, Ordering::Relaxed);
         }
-        self.table[program::HEADER].store((base as u64) << 32 | entries.len() as u64, Ordering::Release);
+        self.table[program::HEADER as usize].store((base as u64) << 32 | entries.len() as u64, Ordering::Release);
     }
 
     /// Gives each group its program. `listeners` has one of each group, in their order.
@@ -88,7 +87,7 @@ impl Extended {
 
     pub(super) fn set_stale_after(&self, limit: Duration) {
         let nanoseconds = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX).min(i64::MAX as u64);
-        self.table[program::STALE_AFTER].store(nanoseconds, Ordering::Relaxed);
+        self.table[program::STALE_AFTER as usize].store(nanoseconds, Ordering::Relaxed);
     }
 
     /// The arrays of listeners, in the order of the groups.

@@ -21,22 +21,23 @@ use super::assembler::{Assembler, Condition, Label, Operation, Register, Width};
 use crate::steering::Draw;
 use crate::steering::hash::{MIX_ONE, MIX_TWO, SPREAD};
 use crate::sys::bpf::Instruction;
-use Condition::{AtLeast, Below, Equal, NotEqual, SignedBelow};
+use Condition::{Below, Equal, NotEqual, SignedBelow};
 use Operation::{Add, And, Move, Move32, Multiply, Multiply32, ShiftLeft, ShiftRight, ShiftRight32, Subtract, Xor32};
 use Register::{Frame, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9};
 use Width::{Byte, Double, Word};
 
-/// Words of the table's memory: the count of entries in force in the lower half, the position of the first in the upper.
-pub(super) const HEADER: usize = 0;
+/// Values of the table's map: the count of entries in force in the lower half, the position of the first in the upper.
+pub(super) const HEADER: u32 = 0;
 /// Nanoseconds.
-pub(super) const STALE_AFTER: usize = 1;
+pub(super) const STALE_AFTER: u32 = 1;
 /// Where entries begin, on a cache line of their own.
-pub(super) const ENTRIES: usize = 8;
+pub(super) const ENTRIES: u32 = 8;
 
 /// Slots looked at before the first choice stands: that one, and seven more.
 const TRIES: u32 = 8;
 
 /// Helpers of the kernel's, from linux/bpf.h.
+const MAP_LOOKUP_ELEM: u32 = 1;
 const KTIME_GET_NS: u32 = 5;
 const GET_PRANDOM_U32: u32 = 7;
 const SKB_LOAD_BYTES: u32 = 26;
@@ -46,56 +47,61 @@ const SK_SELECT_REUSEPORT: u32 = 82;
 const FROM_NETWORK_HEADER: u32 = 1;
 const SK_PASS: u32 = 1;
 
-/// Places on the stack.
-const SLOT: i16 = -8;
+/// Places on the stack. A key has four bytes, the others eight.
+const KEY: i16 = -4;
 const FIRST: i16 = -16;
-const HEADER_SEEN: i16 = -24;
-const NUMBER: i16 = -32;
+const NUMBER: i16 = -24;
+const LENGTH: i16 = -32;
 const PACKET: i16 = -48;
 
-/// What a program works with: descriptors of maps, and how many slots they have room for.
+/// What a program works with: descriptors of maps.
 pub(super) struct Plan {
     pub draw: Draw,
-    pub slots: u16,
     pub table: i32,
     pub heartbeats: i32,
     pub sockets: i32,
 }
 
-/// The program of one group. Throughout it R6 is the context, R7 the table, and R9 the time before which a heartbeat is
-/// stale.
+/// The program of one group. Throughout it R6 is the context, R7 the key of the first entry in force, and R9 the time
+/// before which a heartbeat is stale.
+///
+/// Maps are read by look-up, which the kernel compiles to a few instructions for arrays, and not by addresses computed
+/// here: those the verifier takes without reserve only from a process with CAP_PERFMON.
 pub(super) fn program(plan: &Plan) -> Vec<Instruction> {
     let mut code = Assembler::default();
+    let give_up = code.label();
     code.register(Move, R6, R1);
-    code.map_value(R7, plan.table);
     draw(&mut code, plan.draw);
     code.store(Double, Frame, NUMBER, R8);
     code.call(KTIME_GET_NS);
     code.register(Move, R9, R0);
-    code.load(Double, R1, R7, byte(STALE_AFTER));
-    code.register(Subtract, R9, R1);
-    code.load(Double, R1, R7, byte(HEADER));
-    code.store(Double, Frame, HEADER_SEEN, R1);
+    look_up_constant(&mut code, plan.table, STALE_AFTER, give_up);
+    code.register(Subtract, R9, R0);
+    look_up_constant(&mut code, plan.table, HEADER, give_up);
+    code.register(Move, R7, R0);
+    code.constant(ShiftRight, R7, 32);
+    code.constant(Add, R7, ENTRIES);
+    code.constant(ShiftLeft, R0, 32);
+    code.constant(ShiftRight, R0, 32);
+    code.store(Double, Frame, LENGTH, R0);
 
-    let give_up = code.label();
     choose_first(&mut code, plan, give_up);
-    let next = code.label();
-    select_if_fresh(&mut code, plan, next);
-    code.place(next);
+    select_if_fresh(&mut code, plan);
     for attempt in 1..TRIES {
         if attempt == 1 {
             another_position(&mut code, plan.draw);
         } else {
             next_position(&mut code);
         }
-        owner_of_entry(&mut code, plan, give_up);
-        let next = code.label();
-        select_if_fresh(&mut code, plan, next);
-        code.place(next);
+        code.register(Move, R0, R8);
+        look_up_entry(&mut code, plan, give_up);
+        code.constant(And, R0, 0xffff);
+        code.store(Word, Frame, KEY, R0);
+        select_if_fresh(&mut code, plan);
     }
 
     code.load(Double, R0, Frame, FIRST);
-    code.store(Double, Frame, SLOT, R0);
+    code.store(Word, Frame, KEY, R0);
     select(&mut code, plan);
     code.place(give_up);
     // Without a selection the kernel's hash over all members decides.
@@ -104,8 +110,27 @@ pub(super) fn program(plan: &Plan) -> Vec<Instruction> {
     code.finish()
 }
 
-fn byte(word: usize) -> i16 {
-    (8 * word) as i16
+/// The value with the key that is on the stack, its first eight bytes, into R0.
+fn look_up(code: &mut Assembler, map: i32, without: Label) {
+    code.map(R1, map);
+    code.register(Move, R2, Frame);
+    code.constant(Add, R2, i32::from(KEY).cast_unsigned());
+    code.call(MAP_LOOKUP_ELEM);
+    code.jump_if(R0, Equal, 0, without);
+    code.load(Double, R0, R0, 0);
+}
+
+fn look_up_constant(code: &mut Assembler, map: i32, key: u32, without: Label) {
+    code.constant(Move, R1, key);
+    code.store(Word, Frame, KEY, R1);
+    look_up(code, map, without);
+}
+
+/// The entry at the position in R0 into R0.
+fn look_up_entry(code: &mut Assembler, plan: &Plan, without: Label) {
+    code.register(Add, R0, R7);
+    code.store(Word, Frame, KEY, R0);
+    look_up(code, plan.table, without);
 }
 
 /// A number of 32 well mixed bits into R8.
@@ -188,30 +213,16 @@ fn load_number(code: &mut Assembler, offset: i16) {
 
 /// Multiplies the number in R8 by the count of entries; R1 is lost.
 fn times_length(code: &mut Assembler) {
-    code.load(Double, R1, Frame, HEADER_SEEN);
-    code.constant(ShiftLeft, R1, 32);
-    code.constant(ShiftRight, R1, 32);
+    code.load(Double, R1, Frame, LENGTH);
     code.register(Multiply, R8, R1);
 }
 
-/// The entry at the position in R3 into R0.
-fn load_entry(code: &mut Assembler, plan: &Plan, give_up: Label) {
-    code.load(Double, R2, Frame, HEADER_SEEN);
-    code.constant(ShiftRight, R2, 32);
-    code.register(Add, R2, R3);
-    // Never so; the verifier wants to know.
-    code.jump_if(R2, AtLeast, 2 * u32::from(plan.slots), give_up);
-    code.constant(ShiftLeft, R2, 3);
-    code.register(Add, R2, R7);
-    code.load(Double, R0, R2, byte(ENTRIES));
-}
-
-/// The choice by weight into R0 and its two places on the stack.
+/// The choice by weight, as a key and as the first choice.
 fn choose_first(code: &mut Assembler, plan: &Plan, give_up: Label) {
     times_length(code);
-    code.register(Move, R3, R8);
-    code.constant(ShiftRight, R3, 32);
-    load_entry(code, plan, give_up);
+    code.register(Move, R0, R8);
+    code.constant(ShiftRight, R0, 32);
+    look_up_entry(code, plan, give_up);
     code.constant(ShiftLeft, R8, 32);
     code.constant(ShiftRight, R8, 32);
     code.register(Move, R1, R0);
@@ -222,7 +233,7 @@ fn choose_first(code: &mut Assembler, plan: &Plan, give_up: Label) {
     code.place(own);
     code.constant(And, R0, 0xffff);
     code.store(Double, Frame, FIRST, R0);
-    code.store(Double, Frame, SLOT, R0);
+    code.store(Word, Frame, KEY, R0);
 }
 
 /// The position of another number into R8.
@@ -243,50 +254,32 @@ fn another_position(code: &mut Assembler, draw: Draw) {
 fn next_position(code: &mut Assembler) {
     let inside = code.label();
     code.constant(Add, R8, 1);
-    code.load(Double, R1, Frame, HEADER_SEEN);
-    code.constant(ShiftLeft, R1, 32);
-    code.constant(ShiftRight, R1, 32);
+    code.load(Double, R1, Frame, LENGTH);
     code.jump_if_register(R8, Below, R1, inside);
     code.constant(Move, R8, 0);
     code.place(inside);
 }
 
-/// The slot that owns the entry at the position in R8, into R0 and its place on the stack.
-fn owner_of_entry(code: &mut Assembler, plan: &Plan, give_up: Label) {
-    code.register(Move, R3, R8);
-    load_entry(code, plan, give_up);
-    code.constant(And, R0, 0xffff);
-    code.store(Double, Frame, SLOT, R0);
-}
-
-/// Ends the program if the slot in R0 is not stale and has a listener; goes on at `next` otherwise.
-fn select_if_fresh(code: &mut Assembler, plan: &Plan, next: Label) {
-    let fresh = code.label();
-    code.jump_if(R0, AtLeast, u32::from(plan.slots), next);
-    code.map_value(R1, plan.heartbeats);
-    code.constant(ShiftLeft, R0, HEARTBEAT_SHIFT);
-    code.register(Add, R1, R0);
-    code.load(Double, R1, R1, 0);
-    code.jump_if(R1, Equal, 0, fresh);
-    code.jump_if_register(R1, SignedBelow, R9, next);
+/// Ends the program if the slot that is the key is not stale and has a listener; goes on otherwise.
+fn select_if_fresh(code: &mut Assembler, plan: &Plan) {
+    let (fresh, next) = (code.label(), code.label());
+    look_up(code, plan.heartbeats, next);
+    code.jump_if(R0, Equal, 0, fresh);
+    code.jump_if_register(R0, SignedBelow, R9, next);
     code.place(fresh);
     select(code, plan);
     code.jump_if(R0, NotEqual, 0, next);
     code.constant(Move, R0, SK_PASS);
     code.exit();
+    code.place(next);
 }
 
-/// A heartbeat has 128 bytes (`sys::heartbeats`).
-const HEARTBEAT_SHIFT: u32 = crate::sys::heartbeats::BYTES_PER_SLOT.trailing_zeros();
-
-/// Selects the listener of the slot that is on the stack; 0 in R0 if it has one.
+/// Selects the listener of the slot that is the key; 0 in R0 if it has one.
 fn select(code: &mut Assembler, plan: &Plan) {
     code.register(Move, R1, R6);
     code.map(R2, plan.sockets);
     code.register(Move, R3, Frame);
-    // The key has four bytes; the slot was stored as eight.
-    let key = if cfg!(target_endian = "little") { SLOT } else { SLOT + 4 };
-    code.constant(Add, R3, i32::from(key).cast_unsigned());
+    code.constant(Add, R3, i32::from(KEY).cast_unsigned());
     code.constant(Move, R4, 0);
     code.call(SK_SELECT_REUSEPORT);
 }
