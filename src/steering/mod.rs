@@ -143,7 +143,6 @@ impl Kernel {
     }
 
     /// The heartbeats of the slots.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the executors, which do not beat yet"))]
     pub fn heartbeats(&self) -> &Arc<Heartbeats> {
         &self.heartbeats
     }
@@ -264,6 +263,15 @@ impl Table {
         }
     }
 
+    /// Forgets what is in force, since another process may have given the groups a program of its own: the next change
+    /// attaches ours again, and puts its table in force, too, if it is the same as before.
+    pub fn forget(&mut self) {
+        self.in_force = None;
+        if let Way::Extended { attached, .. } = &mut self.way {
+            *attached = false;
+        }
+    }
+
     /// Steers new connections to these slots, in equal parts, from the next SYN on.
     ///
     /// # Errors
@@ -308,20 +316,6 @@ impl Table {
         }
         self.in_force = Some(shares);
         Ok(())
-    }
-
-    /// Puts the table in force again that is in force here, after another process may have given the groups a program of
-    /// its own: a successor that did not become ready.
-    ///
-    /// # Errors
-    /// As [`Table::set`].
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the upgrade to come"))]
-    pub fn reattach(&mut self) -> io::Result<()> {
-        let Some(shares) = self.in_force.take() else { return Ok(()) };
-        if let Way::Extended { attached, .. } = &mut self.way {
-            *attached = false;
-        }
-        self.set(shares)
     }
 
     fn realise(&mut self, shares: &[Share]) -> io::Result<()> {

@@ -401,7 +401,8 @@ fn a_successor_with_the_socket_array_takes_over_and_can_be_taken_over_from() {
     next.set_active(&[1]).unwrap();
     assert_eq!(fixture.spread(10), [0, 10, 0]);
     // It fails, and the old one goes on.
-    fixture.table.reattach().unwrap();
+    fixture.table.forget();
+    fixture.table.set_active(&[0]).unwrap();
     drop(next);
     assert_eq!(fixture.spread(10), [10, 0, 0]);
     fixture.table.set_active(&[2]).unwrap();
@@ -418,7 +419,8 @@ fn a_successor_without_the_socket_array_of_a_living_predecessor_steers_by_classi
     assert!(next.reason().unwrap().contains("another process"), "{:?}", next.reason());
     next.set_active(&[1]).unwrap();
     assert_eq!(fixture.spread(10), [0, 10, 0]);
-    fixture.table.reattach().unwrap();
+    fixture.table.forget();
+    fixture.table.set_active(&[0]).unwrap();
     assert_eq!(fixture.spread(10), [10, 0, 0]);
 }
 

@@ -6,11 +6,7 @@
 
 pub mod affinity;
 pub mod bind;
-<<<<<<< HEAD
-=======
 pub mod bpf;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog and rescue of the supervision to come"))]
->>>>>>> c8c8b3f (Steering by weight and by load; extended BPF where it can be loaded)
 pub mod cpu_clock;
 pub mod eventfd;
 pub mod heartbeats;
