@@ -3,11 +3,12 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cells::Cells;
+use super::reserve::{self, Claim};
 use crate::sys::socket::{self, AcceptFailure};
 
 /// Connections accepted from one listener per turn: enough that a burst of 1,000 is taken within a few milliseconds,
@@ -30,11 +31,13 @@ pub(crate) struct Listener {
     pub name: Arc<str>,
 }
 
-/// The acceptor of one slot: its listeners, and one descriptor in reserve to shed with.
+/// The acceptor of one slot: its listeners, and a claim on a descriptor in reserve to shed with.
 pub(crate) struct Acceptor {
     listeners: Arc<Vec<Listener>>,
     ready: Vec<bool>,
-    reserve: Option<OwnedFd>,
+    _claim: Claim,
+    /// Tries in a row in which nothing could be accepted, not even to close it.
+    stuck: u32,
     rest_until: Option<Instant>,
     open_max: u64,
     full_since: Option<Instant>,
@@ -44,7 +47,7 @@ impl Acceptor {
     /// Accepts while fewer than `open_max` connections are open.
     pub(crate) fn new(listeners: Arc<Vec<Listener>>, open_max: u64) -> Self {
         let ready = vec![true; listeners.len()];
-        Self { listeners, ready, reserve: reserve(), rest_until: None, open_max, full_since: None }
+        Self { listeners, ready, _claim: Claim::new(), stuck: 0, rest_until: None, open_max, full_since: None }
     }
 
     pub(crate) fn listeners(&self) -> &[Listener] {
@@ -66,8 +69,9 @@ impl Acceptor {
 
     /// When to look again although nothing has been reported.
     pub(crate) fn look_again(&self) -> Option<Instant> {
-        let full = self.full_since.filter(|_| self.ready.contains(&true)).map(|since| since + FULL_MAX);
-        self.rest_until.max(full)
+        // With nothing ready, a report comes first; a time that has passed would have the executor spin until then.
+        let waiting = self.ready.contains(&true);
+        self.rest_until.max(self.full_since.map(|since| since + FULL_MAX)).filter(|_| waiting)
     }
 
     /// Whether new connections should go elsewhere; one that was full is so until a sixteenth of its places is free.
@@ -86,12 +90,12 @@ impl Acceptor {
             return;
         }
         self.rest_until = None;
-        if self.reserve.is_none() {
-            self.reserve = reserve();
-        }
+        let scarce = reserve::is_scarce() && !reserve::relieve();
         for index in 0..self.listeners.len() {
-            if self.ready[index] {
-                self.accept_from(index, now, cells, &mut adopt);
+            match self.ready[index] {
+                true if scarce => self.out_of_descriptors(index, now, None, cells),
+                true => self.accept_from(index, now, cells, &mut adopt),
+                false => {}
             }
         }
     }
@@ -111,6 +115,11 @@ impl Acceptor {
             }
             self.full_since = None;
             match socket::accept(listener.fd.as_fd()) {
+                Ok((fd, _)) if reserve::is_scarce() => {
+                    drop(fd);
+                    cells.shed.add(1);
+                    return self.out_of_descriptors(index, now, None, cells);
+                }
                 Ok((fd, peer)) => {
                     cells.accepted.add(1);
                     adopt(fd, peer, &listener.name);
@@ -121,7 +130,7 @@ impl Acceptor {
                         return;
                     }
                     AcceptFailure::Connection => {}
-                    AcceptFailure::Resources => return self.out_of_descriptors(listener, now, &error, cells),
+                    AcceptFailure::Resources => return self.out_of_descriptors(index, now, Some(&error), cells),
                     AcceptFailure::Fatal => {
                         tracing::error!(listener = %listener.name, %error, "accept4 failed; resting before the next try");
                         self.rest_until = Some(now + REST);
@@ -134,48 +143,74 @@ impl Acceptor {
 
     /// There is no place for what waits: closes it when there has been none for long.
     fn full(&mut self, index: usize, now: Instant, cells: &Cells) {
-        let listener = &self.listeners[index];
         let since = *self.full_since.get_or_insert(now);
         if now < since + FULL_MAX {
             return;
         }
-        let shed = (0..SHED_MAX).map_while(|_| socket::accept(listener.fd.as_fd()).ok()).count() as u64;
-        cells.shed.add(shed);
+        let (shed, error) = self.close_waiting(index, cells, |listener| socket::accept(listener).map(drop));
         self.rest_until = Some(now + REST);
-        self.ready[index] = shed == SHED_MAX as u64;
         if shed > 0 {
             tracing::warn!(
-                listener = %listener.name, closed = shed, open = cells.open.get(),
+                listener = %self.listeners[index].name, closed = shed, open = cells.open.get(),
                 "an executor has as many connections as it may: more were closed unanswered; raise --connections or the \
                  limit on open files, or run more executors"
             );
         }
+        if let Some(error) = error {
+            self.out_of_descriptors(index, now, Some(&error), cells);
+        }
     }
 
-    /// Uses the reserve to accept and close, so that clients learn at once, then rests.
-    fn out_of_descriptors(&mut self, listener: &Listener, now: Instant, error: &io::Error, cells: &Cells) {
-        let mut shed = 0;
+    /// Accepts with a reserve and closes, so that clients learn at once, then rests. Without `error` it is another
+    /// executor that ran out.
+    fn out_of_descriptors(&mut self, index: usize, now: Instant, error: Option<&io::Error>, cells: &Cells) {
+        let (shed, stopped_by) = self.close_waiting(index, cells, reserve::shed);
+        self.rest_until = Some(now + REST);
+        let (name, open) = (&self.listeners[index].name, cells.open.get());
+        if shed > 0 {
+            tracing::warn!(
+                listener = %name, error = error.map(tracing::field::display), closed = shed, open,
+                "accept4 ran out of resources: connections were closed unanswered; raise the limit (ulimit -n, \
+                 LimitNOFILE=) or lower the number of connections per executor"
+            );
+        }
+        self.stuck = if shed == 0 && stopped_by.is_some() { self.stuck.saturating_add(1) } else { 0 };
+        // Once is another executor that has a reserve by accident and gives it back at once.
+        if let (2, Some(error)) = (self.stuck, stopped_by) {
+            tracing::error!(
+                listener = %name, %error, open,
+                "no descriptor is left, not even to close new connections with: they wait until something is closed; raise \
+                 the limit (ulimit -n, LimitNOFILE=)"
+            );
+        }
+    }
+
+    /// Closes what waits, in bounds, by means of `close_one`. How many that were, and what kept it from closing more.
+    fn close_waiting(
+        &mut self,
+        index: usize,
+        cells: &Cells,
+        close_one: impl Fn(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> (u64, Option<io::Error>) {
+        let mut closed = 0;
+        let mut stopped_by = None;
         for _ in 0..SHED_MAX {
-            drop(self.reserve.take());
-            let accepted = socket::accept(listener.fd.as_fd());
-            shed += u64::from(accepted.is_ok());
-            let over = accepted.is_err();
-            drop(accepted);
-            self.reserve = reserve();
-            if over || self.reserve.is_none() {
-                break;
+            match close_one(self.listeners[index].fd.as_fd()) {
+                Ok(()) => closed += 1,
+                Err(error) => match socket::classify_accept(&error) {
+                    AcceptFailure::Connection => {}
+                    AcceptFailure::Empty => {
+                        self.ready[index] = false;
+                        break;
+                    }
+                    AcceptFailure::Resources | AcceptFailure::Fatal => {
+                        stopped_by = Some(error);
+                        break;
+                    }
+                },
             }
         }
-        cells.shed.add(shed);
-        self.rest_until = Some(now + REST);
-        tracing::warn!(
-            listener = %listener.name, %error, closed = shed, open = cells.open.get(),
-            "accept4 ran out of resources: connections were closed unanswered; raise the limit (ulimit -n, LimitNOFILE=) \
-             or lower the number of connections per executor"
-        );
+        cells.shed.add(closed);
+        (closed, stopped_by)
     }
-}
-
-fn reserve() -> Option<OwnedFd> {
-    std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
 }

@@ -1,7 +1,8 @@
 //! A slot's life: its pinned thread with glommio's executor on it, and in that one generation after the other.
 //!
 //! Reading order: [`slot`] (the thread), [`generation`] (the main future and its turns), [`core`] (what a generation's
-//! parts share), [`tasks`], [`inbox`], [`park`] (sleeping).
+//! parts share), [`tasks`], [`inbox`], [`park`] (sleeping), [`accept`] and [`reserve`]
+//! (new connections, and descriptors to refuse them with).
 
 pub(crate) mod accept;
 pub(crate) mod cells;
@@ -9,5 +10,6 @@ pub(crate) mod core;
 pub(crate) mod generation;
 pub(crate) mod inbox;
 pub(crate) mod park;
+pub(crate) mod reserve;
 pub(crate) mod slot;
 pub(crate) mod tasks;

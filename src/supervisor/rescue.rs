@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::executor::accept::Listener;
 use crate::executor::inbox::Handed;
+use crate::executor::reserve;
 use crate::executor::slot::SlotSeat;
 use crate::sys::socket::{self, AcceptFailure};
 
@@ -100,11 +101,19 @@ enum Blocked {
 
 fn empty(listener: &Listener, receivers: &mut Receivers<'_>) -> Result<u64, Blocked> {
     let mut taken = 0;
+    if reserve::is_scarce() && !reserve::relieve() {
+        return Err(Blocked);
+    }
     for _ in 0..BATCH_MAX {
         if !receivers.has_room() {
             return Err(Blocked::NoRoom);
         }
         match socket::accept(listener.fd.as_fd()) {
+            Ok((fd, _)) if reserve::is_scarce() => {
+                drop(fd);
+                tracing::warn!(listener = %listener.name, "descriptors ran out: a connection was closed, not rescued");
+                return Err(Blocked);
+            }
             Ok((fd, peer)) => {
                 receivers.hand(Handed { fd, peer, listener: Arc::clone(&listener.name) });
                 taken += 1;

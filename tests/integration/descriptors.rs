@@ -1,6 +1,7 @@
 //! What happens when file descriptors run out.
 
 use std::io;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{Client, eventually, spawn};
@@ -44,4 +45,42 @@ fn without_descriptors_connections_are_closed_with_a_count_and_served_again_when
     for _ in 0..20 {
         assert_eq!(server.connect().get("/").status, 200);
     }
+}
+
+/// Executors that run out at the same time must not take the descriptors from each other with which they close what
+/// waits: one that has none left would leave its queue waiting until something closes.
+#[test]
+fn executors_that_run_out_together_leave_nobody_waiting() {
+    const ROUNDS: usize = 40;
+    const THREADS: usize = 4;
+    const CLIENTS: usize = 32;
+    let server = spawn(&[], &["--executors", "4"]);
+    let idle = server.descriptors();
+    server.limit_descriptors(idle.len() as u64 + 8);
+    let address = server.address();
+    // Served or closed; all stay connected until the last has been looked at.
+    let hammer = move |round: usize| {
+        let connect = |_| {
+            let mut client = Client::connect(address);
+            let _ = client.try_send("GET / HTTP/1.1\r\nhost: test\r\n\r\n");
+            client
+        };
+        let mut clients: Vec<Client> = (0..CLIENTS).map(connect).collect();
+        for client in &mut clients {
+            if let Err(error) = client.try_answer() {
+                assert!(error.kind() != io::ErrorKind::WouldBlock, "neither served nor closed in round {round}");
+            }
+        }
+        clients
+    };
+    for round in 0..ROUNDS {
+        let threads: Vec<_> = (0..THREADS).map(|_| thread::spawn(move || hammer(round))).collect();
+        let clients: Vec<_> = threads.into_iter().map(thread::JoinHandle::join).collect();
+        assert!(clients.iter().all(Result::is_ok), "somebody waited in vain");
+    }
+    eventually("new connections are served again", || {
+        let mut client = server.connect();
+        client.try_send("GET / HTTP/1.1\r\nhost: test\r\n\r\n").and_then(|()| client.try_answer()).is_ok()
+    });
+    eventually("every reserve is back, and nothing else is open", || server.descriptors() == idle);
 }
