@@ -5,7 +5,7 @@
 
 use std::future::{Future, poll_fn};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -16,9 +16,29 @@ use glommio::timer::Timer;
 /// The shortest glommio timer that makes the executor go through its reactor; a zero timer never yields.
 const HAND_OVER: Duration = Duration::from_micros(5);
 
+/// What a wake that glommio loses costs at the most.
+const LOST_WAKE_MAX: Duration = Duration::from_millis(500);
+
 /// Lets glommio serve its timers, files and foreign wakes.
 pub(crate) async fn hand_over() {
-    Timer::new(HAND_OVER).await;
+    guarded(HAND_OVER, Timer::new(HAND_OVER)).await;
+}
+
+/// Awaits what glommio wakes, within about `limit`, and has glommio look again soon after that.
+///
+/// When the thread loses its processor at the wrong moment for longer than glommio's preempt timer, glommio 0.9 goes to
+/// sleep although what it waited for has come and we are ready to run. If that was the last thing it waited for, it sleeps
+/// for ever. The timer here is one more: its end does nothing but end that sleep.
+async fn guarded<T>(limit: Duration, future: impl Future<Output = T>) -> T {
+    let (mut guard, mut future) = (Timer::new(limit + LOST_WAKE_MAX), pin!(future));
+    poll_fn(|context| {
+        if Pin::new(&mut guard).poll(context).is_ready() {
+            guard = Timer::new(LOST_WAKE_MAX);
+            let _ = Pin::new(&mut guard).poll(context);
+        }
+        future.as_mut().poll(context)
+    })
+    .await
 }
 
 type Read = Pin<Box<dyn Future<Output = ()>>>;
@@ -41,14 +61,15 @@ impl Doorbell {
     /// Completes when the eventfd has been signalled since the last time, when `woken` is ready, or after `limit`.
     pub(crate) async fn wait(&mut self, limit: Duration, mut woken: impl FnMut(&mut Context<'_>) -> Poll<()>) {
         // A timer of zero would never yield to glommio.
-        let mut timer = Timer::new(limit.max(HAND_OVER));
-        poll_fn(|context| {
+        let limit = limit.max(HAND_OVER);
+        let mut timer = Timer::new(limit);
+        let rung = poll_fn(|context| {
             if self.poll_rung(context).is_ready() || woken(context).is_ready() {
                 return Poll::Ready(());
             }
             Pin::new(&mut timer).poll(context).map(drop)
-        })
-        .await;
+        });
+        guarded(limit, rung).await;
     }
 
     /// Ready when the eventfd has been signalled since the last time.
@@ -69,7 +90,7 @@ impl Doorbell {
     pub(crate) async fn close(mut self) {
         drop(self.read.take());
         if let Ok(file) = Rc::try_unwrap(self.file) {
-            let _ = file.close().await;
+            let _ = guarded(Duration::ZERO, file.close()).await;
         }
     }
 }

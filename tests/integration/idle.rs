@@ -8,6 +8,8 @@ use crate::support::{Site, eventually, local};
 
 /// Below the 500 ms after which an executor looks around by itself, far above what a wake takes.
 const WOKEN: Duration = Duration::from_millis(400);
+/// A machine that stalls makes some of these late; a wake that is lost makes all of them late.
+const TRIES: usize = 10;
 
 #[test]
 fn a_task_that_glommio_wakes_is_polled_though_the_executor_sleeps() {
@@ -21,11 +23,14 @@ fn a_task_that_glommio_wakes_is_polled_though_the_executor_sleeps() {
         }))
     });
     let site = Site::start(server);
-    let start = Instant::now();
     let mut client = site.connect();
-    client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    assert_eq!(client.answer().body, b"woken");
-    assert!(start.elapsed() < Duration::from_millis(120) + WOKEN, "{:?}", start.elapsed());
+    let mut took = || {
+        let start = Instant::now();
+        assert_eq!(client.get("/").body, b"woken");
+        start.elapsed()
+    };
+    let in_time = (0..TRIES).any(|_| took() < Duration::from_millis(120) + WOKEN);
+    assert!(in_time, "no wake of {TRIES} came before the executor looked around by itself");
 }
 
 /// A server whose connections hibernate at once.

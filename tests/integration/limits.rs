@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use ringleader::{Body, BoxError, HttpLimits, Request, Response, service_fn};
 
-use crate::support::{Site, echo, eventually, local};
+use crate::support::{BOUND, Site, echo, eventually, local};
 
-/// The limit in tests of time: long enough to be told from "at once" on a busy machine.
-const SHORT: Duration = Duration::from_millis(300);
+/// The limit in tests of time: long enough for what is to be done within it on a machine that stalls for half a second.
+const SHORT: Duration = Duration::from_secs(1);
 
 fn limited(change: impl FnOnce(&mut HttpLimits)) -> Site {
     let mut limits = HttpLimits::default();
@@ -38,7 +38,7 @@ fn a_head_that_trickles_in_is_cut_all_the_same() {
     client.send("GET / HTTP/1.1\r\n");
     // Each of these comes in time; the whole does not.
     while client.try_send("x-more: y\r\n").is_ok() {
-        assert!(start.elapsed() < Duration::from_secs(5), "every line buys more time");
+        assert!(start.elapsed() < BOUND, "every line buys more time");
         std::thread::sleep(Duration::from_millis(20));
     }
     eventually("it is counted", || timed_out(&site) == 1);
@@ -49,24 +49,24 @@ fn the_header_timeout_begins_with_the_head() {
     let site = limited(|limits| limits.header_timeout = Some(SHORT));
     let mut client = site.connect();
     // Time must pass here: it is the subject.
-    std::thread::sleep(SHORT * 2);
+    std::thread::sleep(SHORT * 3 / 2);
     assert_eq!(client.get("/").status, 200);
-    std::thread::sleep(SHORT * 2);
+    std::thread::sleep(SHORT * 3 / 2);
     assert_eq!(client.get("/").status, 200);
-    client.send("GET / HTTP/1.1\r\n");
     let start = Instant::now();
+    client.send("GET / HTTP/1.1\r\n");
     client.expect_end();
-    assert!(start.elapsed() >= SHORT / 2);
+    assert!(start.elapsed() >= SHORT);
 }
 
 #[test]
 fn an_idle_connection_is_closed() {
     let site = limited(|limits| limits.idle_timeout = Some(SHORT));
     let mut client = site.connect();
-    assert_eq!(client.get("/").status, 200);
     let start = Instant::now();
+    assert_eq!(client.get("/").status, 200);
     client.expect_end();
-    assert!(start.elapsed() >= SHORT - Duration::from_millis(50));
+    assert!(start.elapsed() >= SHORT);
     eventually("it is counted", || timed_out(&site) == 1);
 }
 
@@ -196,12 +196,12 @@ fn a_body_that_stalls_is_answered_with_408() {
     limits.body_timeout = Some(SHORT);
     let site = Site::start(local(1).http_limits(limits).serve(async |_| Ok(service_fn(collect))));
     let mut client = site.connect();
-    client.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\nhalf");
     let start = Instant::now();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\nhalf");
     let answer = client.answer();
     assert_eq!(answer.status, 408);
     assert!(answer.closes());
-    assert!(start.elapsed() >= SHORT - Duration::from_millis(50));
+    assert!(start.elapsed() >= SHORT);
     client.finish_sending();
     client.expect_end();
 }

@@ -22,19 +22,27 @@ fn on_an_executor<T: Send + Sync + 'static>(act: impl AsyncFn(&Shard) -> T + Cop
 
 #[test]
 fn a_sleep_is_never_early_and_not_much_late() {
-    let late = on_an_executor(async |shard| {
-        let mut late = Vec::new();
+    // A wake that gets lost would cost 500 ms. So may a machine that stalls, but not in every try.
+    const LATE: Duration = Duration::from_millis(250);
+    const TRIES: usize = 5;
+    let sleeps = on_an_executor(async |shard| {
+        let mut sleeps = Vec::new();
         for milliseconds in [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89] {
             let asked = Duration::from_millis(milliseconds);
-            let start = Instant::now();
-            shard.sleep(asked).await;
-            late.push(start.elapsed().checked_sub(asked).ok_or(milliseconds));
+            let mut took = Vec::new();
+            while took.len() < TRIES && took.last().is_none_or(|took| *took >= asked + LATE) {
+                let start = Instant::now();
+                shard.sleep(asked).await;
+                took.push(start.elapsed());
+            }
+            sleeps.push((asked, took));
         }
-        late
+        sleeps
     });
-    let late: Vec<Duration> = late.into_iter().map(|late| late.expect("no sleep of so many ms is early")).collect();
-    // Other tests share the processors; a wake that gets lost would cost 500 ms.
-    assert!(late.iter().max() < Some(&Duration::from_millis(250)), "{late:?}");
+    for (asked, took) in sleeps {
+        assert!(took.iter().all(|took| *took >= asked), "{asked:?} took {took:?}");
+        assert!(took.last().is_some_and(|took| *took < asked + LATE), "{asked:?} took {took:?}");
+    }
 }
 
 #[test]
@@ -42,13 +50,17 @@ fn sleeps_end_in_the_order_of_their_times() {
     let order = on_an_executor(async |shard| {
         let (sender, receiver) = mpsc::channel();
         let tasks: Vec<_> = [60, 20, 40, 1, 80]
+            .map(Duration::from_millis)
             .into_iter()
-            .map(|milliseconds| {
+            .map(|asked| {
                 let (shard, sender) = (shard.clone(), sender.clone());
-                let sleep = shard.sleep(Duration::from_millis(milliseconds));
+                // The machine may stall at any of these lines: that is what makes two ends of one sleep's time.
+                let earliest = Instant::now() + asked;
+                let sleep = shard.sleep(asked);
+                let latest = Instant::now() + asked;
                 shard.spawn(async move {
                     sleep.await;
-                    sender.send(milliseconds)
+                    sender.send((earliest, latest))
                 })
             })
             .collect();
@@ -57,7 +69,10 @@ fn sleeps_end_in_the_order_of_their_times() {
         }
         receiver.try_iter().collect::<Vec<_>>()
     });
-    assert_eq!(order, [1, 20, 40, 60, 80]);
+    assert_eq!(order.len(), 5);
+    // Two within one tick of the timers may end in either order.
+    let tick = Duration::from_millis(2);
+    assert!(order.windows(2).all(|pair| pair[1].1 + tick >= pair[0].0), "{order:?}");
 }
 
 #[test]
@@ -116,8 +131,9 @@ fn a_task_woken_from_another_thread_goes_on_at_once() {
     let mut client = site.connect();
     let mut delays: Vec<u64> = (0..15).map(|_| client.get("/").text().parse().expect("microseconds")).collect();
     delays.sort_unstable();
-    // Far from the executor's guard wake-ups (100 ms and 500 ms), which would hide a lost wake.
-    assert!(delays[delays.len() / 2] < 5_000, "{delays:?} µs");
+    // Far from the executor's guard wake-ups (100 ms, of which 30 have passed, and 500 ms), which would hide a lost wake.
+    // A busy machine delays many, but a few are always at once.
+    assert!(delays[delays.len() / 4] < 20_000, "{delays:?} µs");
 }
 
 #[test]

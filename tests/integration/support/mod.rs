@@ -17,7 +17,7 @@ pub use process::{Process, run, spawn};
 
 /// The longest that anything awaited may take: far above what it does take on a busy machine, so that a test fails
 /// only when something hangs.
-pub const BOUND: Duration = Duration::from_secs(10);
+pub const BOUND: Duration = Duration::from_secs(30);
 
 /// A server of this process; it is stopped, and its end awaited, when the test is done with it.
 pub struct Site {
