@@ -13,7 +13,8 @@ fn busy(arguments: &[&str]) -> (Process, Client) {
 
 fn drains(signal: i32, name: &str) {
     let (mut server, mut client) = busy(&[]);
-    client.ask("/chaos/sleep?ms=500");
+    // Long enough that the drain begins before it is over, on a machine that is slow, too.
+    client.ask("/chaos/sleep?ms=4000");
     wait_until_in_flight(&server);
     server.signal(signal);
     server.wait_for_line(name);
