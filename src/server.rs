@@ -36,6 +36,9 @@ use crate::{BoxError, Error};
 const DESCRIPTORS_RESERVED: u64 = 64;
 /// Descriptors of one executor besides its connections: glommio's rings and eventfds, ours, the reserve.
 const DESCRIPTORS_PER_EXECUTOR: u64 = 16;
+/// How long a turn may take until new connections go elsewhere, where the steering program sees heartbeats: as long as
+/// 64 busy executors on two CPUs may have to wait for each other.
+const STALE_AFTER: Duration = Duration::from_millis(20);
 /// With less room than this per executor a server is not worth starting.
 const CONNECTIONS_MIN: u64 = 16;
 
@@ -544,7 +547,9 @@ impl Builder {
             // No more than the slots, which are counted in u16.
             (policy.slots_min, policy.slots_start) = (min.min(slots) as u16, min.min(slots) as u16);
         }
-        supervisor::Supervision { name: self.name.clone(), policy, stop_on_signals: self.stop_on_signals }
+        // Passing an executor over costs nothing, so it is done sooner than anything else is made of a long turn.
+        let stale_after = STALE_AFTER.min(policy.stall_limit);
+        supervisor::Supervision { name: self.name.clone(), policy, stale_after, stop_on_signals: self.stop_on_signals }
     }
 }
 

@@ -239,14 +239,12 @@ impl Table {
     }
 
     /// How often [`Table::set_loads`] is to be called; `None` if loads do not concern the policy.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the supervisor's timer to come"))]
     pub fn refresh(&self) -> Option<Duration> {
         self.policy.refresh()
     }
 
     /// How old a heartbeat is that makes the extended program pass over its slot; 20 ms until this is called. Classic
     /// programs do not look at heartbeats.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the settings of the watchdog to come"))]
     pub fn set_stale_after(&self, limit: Duration) {
         if let Way::Extended { programs, .. } = &self.way {
             programs.set_stale_after(limit);
@@ -284,7 +282,6 @@ impl Table {
     ///
     /// # Errors
     /// As [`Table::set`].
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the supervisor's timer to come"))]
     pub fn set_loads(&mut self, loads: &[SlotLoad]) -> io::Result<()> {
         self.set(self.policy.shares(loads))
     }

@@ -42,6 +42,8 @@ const RESCUE_AGAIN: Duration = Duration::from_millis(10);
 pub(crate) struct Supervision {
     pub name: String,
     pub policy: policy::Config,
+    /// How long a turn may take until a steering program that can looks for another executor.
+    pub stale_after: Duration,
     pub stop_on_signals: bool,
 }
 
@@ -97,7 +99,7 @@ pub(crate) fn start(
         seats,
         threads: HashMap::new(),
         left_behind: HashMap::new(),
-        steer: Steer::new(table),
+        steer: Steer::new(table, supervision.stale_after),
         rescue: Rescue::default(),
         shared,
         starting: Some(promise),
@@ -135,7 +137,7 @@ impl Supervisor {
     fn wait(&mut self, inbox: &PostBox, events: &mut VecDeque<Event>) {
         let again = self.rescue.is_blocked().then(|| Instant::now() + RESCUE_AGAIN);
         let sample = self.scaling.as_ref().map(|sampling| sampling.next);
-        let due = [self.policy.next_deadline(), again, sample, self.watchdog.next_look()];
+        let due = [self.policy.next_deadline(), again, sample, self.watchdog.next_look(), self.steer.next_refresh()];
         let timeout = due.into_iter().flatten().min().map(|due| due.saturating_duration_since(Instant::now()));
         let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
         let ready = wait_readable(&waited, timeout).unwrap_or_else(|error| {
@@ -155,6 +157,7 @@ impl Supervisor {
         let now = Instant::now();
         events.extend(self.watchdog.look(&self.seats, self.policy.slots(), now));
         events.extend(self.sample(now));
+        self.steer.refresh(&self.seats, now);
         // After the messages: what has come in time is not to be found late.
         if self.policy.next_deadline().is_some_and(|deadline| deadline <= now) {
             events.push_back(Event::Tick);
@@ -197,11 +200,11 @@ impl Supervisor {
                 Some(Event::Ready { slot, generation: generation as u32 })
             }
             Report::Full { slot, full } => {
-                self.steer.set_full(slot, full);
+                self.steer.set_full(slot, full, &self.seats);
                 None
             }
             Report::Ended { slot, generation, ended } => {
-                self.steer.set_full(slot, false);
+                self.steer.set_full(slot, false, &self.seats);
                 let how = match &ended {
                     Ended::Drained { in_time: true } => End::Drained,
                     Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,
@@ -272,12 +275,12 @@ impl Supervisor {
                 tracing::error!(slot, "an executor hangs: aborting, as the hang policy says");
                 std::process::abort();
             }
-            Action::SetActive(slots) => self.steer.set_active(slots),
+            Action::SetActive(slots) => self.steer.set_active(slots, &self.seats),
             Action::Rescue(slots) => {
                 self.rescue.set(slots, &self.seats);
                 self.rescue();
             }
-            Action::Reattach => self.steer.reattach(),
+            Action::Reattach => self.steer.reattach(&self.seats),
             Action::CloseListeners => self.let_go_of_listeners(),
             Action::Readiness(readiness) => {
                 if let Readiness::NotReady(why) = readiness {
@@ -373,7 +376,7 @@ impl Supervisor {
                 self.shared.slots[usize::from(slot)].count_in(Arc::clone(&fresh.cells));
                 self.seats[usize::from(slot)] = fresh;
                 self.watchdog.forget(slot);
-                self.steer.set_full(slot, false);
+                self.steer.set_full(slot, false, &self.seats);
             }
             // The start that follows meets the old seat's inbox, whose orders are forgotten: the thread that hangs will
             // not hear them, and two threads would share the counters. Nothing worse.

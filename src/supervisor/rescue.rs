@@ -102,17 +102,19 @@ enum Blocked {
 fn empty(listener: &Listener, receivers: &mut Receivers<'_>) -> Result<u64, Blocked> {
     let mut taken = 0;
     if reserve::is_scarce() && !reserve::relieve() {
-        return Err(Blocked);
+        // What waits had better wait than be closed.
+        return Err(Blocked::NoRoom);
     }
     for _ in 0..BATCH_MAX {
         if !receivers.has_room() {
             return Err(Blocked::NoRoom);
         }
         match socket::accept(listener.fd.as_fd()) {
+            // Its number may be a reserve that an executor has just let go of, to close another connection with.
             Ok((fd, _)) if reserve::is_scarce() => {
                 drop(fd);
                 tracing::warn!(listener = %listener.name, "descriptors ran out: a connection was closed, not rescued");
-                return Err(Blocked);
+                return Err(Blocked::NoRoom);
             }
             Ok((fd, peer)) => {
                 receivers.hand(Handed { fd, peer, listener: Arc::clone(&listener.name) });

@@ -1,8 +1,13 @@
-//! Which slots new connections go to at this moment: those that the policy wants, less those that have no place.
+//! Which slots new connections go to at this moment: those that the policy wants, less those that have no place, in the
+//! proportions that the steering policy sees fit.
 
 use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crate::steering::Table;
+use super::load::{self, Sampler};
+use crate::executor::slot::SlotSeat;
+use crate::steering::{SlotLoad, Table};
 
 pub(super) struct Steer {
     /// `None` once the server stops, so that listeners can close.
@@ -11,22 +16,34 @@ pub(super) struct Steer {
     active: Vec<u16>,
     /// Those that have no place for one.
     full: HashSet<u16>,
+    refresh: Option<Refresh>,
+}
+
+/// For a steering policy that goes by load.
+struct Refresh {
+    sampler: Sampler,
+    period: Duration,
+    next: Instant,
 }
 
 impl Steer {
-    pub(super) fn new(table: Table) -> Self {
-        Self { table: Some(table), active: Vec::new(), full: HashSet::new() }
+    /// `stale_after`: how long a turn may take until the program in the kernel passes over its executor.
+    pub(super) fn new(table: Table, stale_after: Duration) -> Self {
+        table.set_stale_after(stale_after);
+        let refresh =
+            table.refresh().map(|period| Refresh { sampler: Sampler::default(), period, next: Instant::now() });
+        Self { table: Some(table), active: Vec::new(), full: HashSet::new(), refresh }
     }
 
-    pub(super) fn set_active(&mut self, slots: Vec<u16>) {
+    pub(super) fn set_active(&mut self, slots: Vec<u16>, seats: &[Arc<SlotSeat>]) {
         self.active = slots;
-        self.put_in_force();
+        self.put_in_force(seats);
     }
 
-    pub(super) fn set_full(&mut self, slot: u16, full: bool) {
+    pub(super) fn set_full(&mut self, slot: u16, full: bool, seats: &[Arc<SlotSeat>]) {
         let changed = if full { self.full.insert(slot) } else { self.full.remove(&slot) };
         if changed {
-            self.put_in_force();
+            self.put_in_force(seats);
         }
     }
 
@@ -37,11 +54,23 @@ impl Steer {
     }
 
     /// Puts the table in force again, which another process may have replaced by its own.
-    pub(super) fn reattach(&mut self) {
+    pub(super) fn reattach(&mut self, seats: &[Arc<SlotSeat>]) {
         if let Some(table) = &mut self.table {
             table.forget();
         }
-        self.put_in_force();
+        self.put_in_force(seats);
+    }
+
+    /// When the loads are to be looked at next.
+    pub(super) fn next_refresh(&self) -> Option<Instant> {
+        self.refresh.as_ref().filter(|_| self.table.is_some()).map(|refresh| refresh.next)
+    }
+
+    /// Goes by the loads of this moment, when that is due.
+    pub(super) fn refresh(&mut self, seats: &[Arc<SlotSeat>], now: Instant) {
+        if self.next_refresh().is_some_and(|next| next <= now) {
+            self.put_in_force(seats);
+        }
     }
 
     /// Lets go of the listeners.
@@ -49,9 +78,31 @@ impl Steer {
         self.table = None;
     }
 
-    fn put_in_force(&mut self) {
-        let slots = self.receivers();
-        if let Some(Err(error)) = self.table.as_mut().map(|table| table.set_active(&slots)) {
+    fn put_in_force(&mut self, seats: &[Arc<SlotSeat>]) {
+        let Some(table) = &mut self.table else { return };
+        let outcome = match &mut self.refresh {
+            None => {
+                let (active, full) = (&self.active, &self.full);
+                let with_room: Vec<u16> = active.iter().copied().filter(|slot| !full.contains(slot)).collect();
+                table.set_active(if with_room.is_empty() { active } else { &with_room })
+            }
+            Some(refresh) => {
+                let now = Instant::now();
+                refresh.next = now + refresh.period;
+                let load = |slot: &u16| {
+                    let seat = &seats[usize::from(*slot)];
+                    SlotLoad {
+                        slot: *slot,
+                        open: seat.cells.open.get() + seat.inbox.handed() as u64,
+                        utilisation: f64::from(refresh.sampler.utilisation(seat, now)),
+                        queue: load::queue(seat),
+                        full: self.full.contains(slot),
+                    }
+                };
+                table.set_loads(&self.active.iter().map(load).collect::<Vec<_>>())
+            }
+        };
+        if let Err(error) = outcome {
             tracing::error!(%error, "steering stays as it was");
         }
     }
