@@ -93,7 +93,7 @@ pub struct ExecutorStats {
     pub rescued: u64,
     /// Connections open now.
     pub open: u64,
-    /// Requests handed to the service.
+    /// Requests, with those that were refused.
     pub requests: u64,
     /// Requests being answered now.
     pub in_flight: u64,
@@ -105,6 +105,8 @@ pub struct ExecutorStats {
     pub timed_out: u64,
     /// Time spent in turns: divided by the time that has passed, the executor's utilisation.
     pub busy: Duration,
+    /// Requests answered 503 because the executor had too much to do ([`Overload`](crate::Overload)).
+    pub overloaded: u64,
     /// Turns of the executor's loop.
     pub turns: u64,
     /// Times the executor went to sleep.
@@ -126,6 +128,7 @@ impl ExecutorStats {
             shed: cells.shed.get(),
             timed_out: cells.timed_out.get(),
             busy: Duration::from_nanos(cells.busy.get()),
+            overloaded: cells.overloaded.get(),
             turns: cells.turns.get(),
             sleeps: cells.sleeps.get(),
         }

@@ -60,8 +60,8 @@
 //!   the process ends.
 //!
 //! # Limits
-//! Everything is bounded. Of a connection: [`HttpLimits`]. Of an executor: [`Builder::connections_max`] and
-//! [`Builder::backlog`]. Of a server: 1,024 executors. A client that does not read costs its socket's send buffer and what
+//! Everything is bounded. Of a connection: [`HttpLimits`]. Of an executor: [`Builder::connections_max`],
+//! [`Builder::backlog`] and, if asked for, [`Overload`]. Of a server: 1,024 executors. A client that does not read costs its socket's send buffer and what
 //! its response body and hyper hold; one that sends what nobody reads costs 192 KiB at most, then TCP holds it back.
 //!
 //! # Reading order
@@ -103,7 +103,7 @@ pub use http::{Method, StatusCode};
 pub use order::Order;
 pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
-pub use settings::HttpLimits;
+pub use settings::{HttpLimits, Overload};
 pub use shard::{Draining, Shard, SlotId, Task, TaskError};
 pub use supervisor::policy::{HangPolicy, Scaling};
 pub use time::{Elapsed, Sleep, Timeout};

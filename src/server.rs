@@ -21,7 +21,7 @@ use crate::net::stream::Stream;
 use crate::order::Order;
 use crate::protocol::http1::Http1;
 use crate::service::Service;
-use crate::settings::{HttpLimits, Settings};
+use crate::settings::{HttpLimits, Overload, Settings};
 use crate::shard::Shard;
 use crate::steering::{self, Kernel, Members, Realise, Table};
 use crate::supervisor;
@@ -165,6 +165,7 @@ pub struct Builder {
     share_port: bool,
     stop_on_signals: bool,
     http: HttpLimits,
+    overload: Overload,
 }
 
 /// The start-up closure's outcome, to be awaited.
@@ -212,6 +213,7 @@ impl Builder {
             share_port: false,
             stop_on_signals: false,
             http: HttpLimits::default(),
+            overload: Overload::default(),
         }
     }
 
@@ -340,6 +342,12 @@ impl Builder {
         self
     }
 
+    /// When requests are refused to go on serving others. Off by default.
+    pub fn overload(mut self, limits: Overload) -> Self {
+        self.overload = limits;
+        self
+    }
+
     /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
     pub fn stop_on_signals(mut self) -> Self {
         self.stop_on_signals = true;
@@ -407,7 +415,12 @@ impl Server {
         let groups = builder.bind(cpus.len(), &mut warnings)?;
         let table = builder.table(&groups, cpus.len(), &kernel)?;
         let addresses = groups.iter().map(|group| group.address).collect();
-        let settings = Arc::new(Settings { name: builder.name.clone(), connections_max, http: builder.http.clone() });
+        let settings = Arc::new(Settings {
+            name: builder.name.clone(),
+            connections_max,
+            http: builder.http.clone(),
+            overload: builder.overload.clone(),
+        });
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
         let seats = seats(&cpus, groups, kernel.heartbeats(), &settings, &factory, &post)?;

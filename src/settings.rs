@@ -39,6 +39,27 @@ impl Default for HttpLimits {
     }
 }
 
+/// When an executor refuses requests to go on serving others: it answers 503 with `Retry-After`, without calling the
+/// service and without reading a body. Off by default.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Overload {
+    /// Requests being answered at once on one executor; those above are refused. `None` is no limit.
+    pub in_flight_max: Option<u64>,
+    /// How long an executor's turns may be, that is: how late it comes to what is waiting. When turns have been longer than
+    /// this for 100 ms, with no rest between them, what a turn has not begun within this time is refused. folly's `Codel` has 5 ms, for services with handlers that never compute for
+    /// long; it has to be well above the longest computation of one request. `None` is no limit.
+    pub delay_max: Option<Duration>,
+    /// What `Retry-After` says, in whole seconds rounded up. 1 s.
+    pub retry_after: Duration,
+}
+
+impl Default for Overload {
+    fn default() -> Self {
+        Self { in_flight_max: None, delay_max: None, retry_after: Duration::from_secs(1) }
+    }
+}
+
 /// What every part of a running server may read.
 #[derive(Debug)]
 pub(crate) struct Settings {
@@ -47,4 +68,5 @@ pub(crate) struct Settings {
     /// Connections open at once on one executor.
     pub connections_max: u64,
     pub http: HttpLimits,
+    pub overload: Overload,
 }

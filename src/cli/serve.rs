@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use ringleader::{Handle, HangPolicy, HttpLimits, RestartPolicy, Server, Shard, Steering};
+use ringleader::{Handle, HangPolicy, HttpLimits, Overload, RestartPolicy, Server, Shard, Steering};
 use tracing_subscriber::EnvFilter;
 
 use super::{Failure, app};
@@ -43,6 +43,15 @@ pub(crate) struct Arguments {
     /// Connections open at once on one executor; default: what the limit on open files allows
     #[arg(long, value_name = "N")]
     connections: Option<u64>,
+
+    /// Requests being answered at once on one executor, above which it answers 503; default: no limit
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    max_in_flight: Option<u64>,
+
+    /// Milliseconds that an executor's turns may take; when they have taken longer for 100 ms without a rest, it answers
+    /// 503 to what it has not begun by then; default: no limit
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    max_delay: Option<u64>,
 
     /// Connections that may wait to be accepted, per executor and address
     #[arg(long, value_name = "N", default_value_t = 4096)]
@@ -190,6 +199,9 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     limits.header_bytes_max = arguments.header_bytes;
     limits.headers_max = arguments.headers;
     limits.body_bytes_max = if arguments.body_bytes == 0 { u64::MAX } else { arguments.body_bytes };
+    let mut overload = Overload::default();
+    overload.in_flight_max = arguments.max_in_flight;
+    overload.delay_max = arguments.max_delay.map(Duration::from_millis);
     let mut restart = RestartPolicy::default();
     restart.quarantine_after = arguments.quarantine_after;
     restart.backoff_base = Duration::from_millis(arguments.restart_delay);
@@ -210,6 +222,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .share_port(arguments.share_port)
         .restart(restart)
         .http_limits(limits)
+        .overload(overload)
         .steering(match arguments.steering {
             SteeringName::Random => Steering::Random,
             SteeringName::Hash => Steering::Hash,

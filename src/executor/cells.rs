@@ -36,7 +36,7 @@ pub(crate) struct Cells {
     pub rescued: Cell,
     /// Connections open now.
     pub open: Cell,
-    /// Requests handed to the service.
+    /// Requests, with those that were refused.
     pub requests: Cell,
     /// Requests being answered now.
     pub in_flight: Cell,
@@ -48,6 +48,8 @@ pub(crate) struct Cells {
     pub timed_out: Cell,
     /// Nanoseconds in turns, up to the last one's begin: what utilisation is computed from.
     pub busy: Cell,
+    /// Requests refused because the executor had too much to do.
+    pub overloaded: Cell,
     /// Turns of the executor.
     pub turns: Cell,
     /// Times it went to sleep.
@@ -67,6 +69,7 @@ impl Cells {
             (&new.panics_contained, &self.panics_contained),
             (&new.shed, &self.shed),
             (&new.timed_out, &self.timed_out),
+            (&new.overloaded, &self.overloaded),
             (&new.busy, &self.busy),
             (&new.turns, &self.turns),
             (&new.sleeps, &self.sleeps),

@@ -11,6 +11,7 @@ use std::time::Instant;
 use slab::Slab;
 
 use super::cells::Cells;
+use super::overload::Shedder;
 use super::slot::SlotSeat;
 use super::tasks::{LocalFuture, OnPanic, Tasks};
 use crate::net::driver::Driver;
@@ -51,6 +52,8 @@ pub(crate) struct Core {
     driver: RefCell<Option<Driver>>,
     wheel: RefCell<Wheel<Waker>>,
     pub tasks: Tasks,
+    /// Refuses requests, when a limit of load is set.
+    pub shedder: Option<RefCell<Shedder>>,
     now: Cell<Instant>,
     turn: Cell<u64>,
     draining: Cell<Option<Instant>>,
@@ -75,6 +78,7 @@ impl Core {
             slot: seat.slot,
             generation,
             cells: Arc::clone(&seat.cells),
+            shedder: Shedder::new(&seat.settings.overload).map(RefCell::new),
             settings: Arc::clone(&seat.settings),
             driver: RefCell::new(Some(driver)),
             wheel: RefCell::new(Wheel::new(now)),

@@ -66,6 +66,8 @@ struct Generation {
     active: bool,
     /// Up to when the time in turns has been counted; `None` after a sleep.
     counted: Option<Instant>,
+    /// Since when it has been asleep; looked at only where requests may be refused.
+    asleep_at: Option<Instant>,
     /// Whether the supervisor has been told that the slot is full.
     full: bool,
     announced: bool,
@@ -96,6 +98,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
         handed_over: Instant::now(),
         active: true,
         counted: None,
+        asleep_at: None,
         full: false,
         announced: false,
         core: Rc::clone(&core),
@@ -205,13 +208,14 @@ impl Generation {
     }
 
     fn begin_turn(&mut self, seat: &SlotSeat) {
-        let now = Instant::now();
+        let (last, now) = (self.core.now(), Instant::now());
         seat.heartbeat.busy(now);
         if let Some(before) = self.counted.replace(now) {
             self.core.cells.busy.add(now.saturating_duration_since(before).as_nanos() as u64);
         }
         self.core.begin_turn(now);
         self.core.cells.turns.add(1);
+        self.note_delay(last);
     }
 
     /// The executor is about to sleep: nobody is to take that for work.
@@ -220,6 +224,15 @@ impl Generation {
             self.core.cells.busy.add(before.elapsed().as_nanos() as u64);
         }
         seat.heartbeat.asleep();
+    }
+
+    /// How long the turn that began at `last` took, and the sleep after it.
+    fn note_delay(&mut self, last: Instant) {
+        if let Some(shedder) = &self.core.shedder {
+            let now = self.core.now();
+            let asleep_at = self.asleep_at.take().unwrap_or(now);
+            shedder.borrow_mut().turn_began(now, asleep_at.duration_since(last), now.duration_since(asleep_at));
+        }
     }
 
     /// Completions of the ring and what is in the inbox.
@@ -389,6 +402,7 @@ impl Generation {
         if !seat.inbox.fall_asleep() {
             return Next::Turn;
         }
+        self.asleep_at = core.shedder.is_some().then(Instant::now);
         core.cells.sleeps.add(1);
         if glommio_works || !std::mem::take(&mut self.active) {
             // Submit what is queued before sleeping elsewhere; what completes meanwhile rings.

@@ -9,6 +9,7 @@ pub(crate) mod cells;
 pub(crate) mod core;
 pub(crate) mod generation;
 pub(crate) mod inbox;
+pub(crate) mod overload;
 pub(crate) mod park;
 pub(crate) mod reserve;
 pub(crate) mod slot;

@@ -17,7 +17,7 @@ use crate::body::BodyError;
 use crate::executor::core::Core;
 use crate::executor::tasks::message;
 use crate::service::Reject;
-use crate::{BoxError, Response};
+use crate::{BoxError, Request, Response};
 
 pin_project! {
     /// Polls and drops a service's future with panics caught: `Err` is the panic's message.
@@ -196,6 +196,22 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
 pub(crate) fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let mut response = text(status, why, in_flight);
     close_after(&mut response);
+    response
+}
+
+/// The refusal of a request that would be one too many. The connection stays: a new one would cost both sides more, and
+/// come back here or make another executor's load worse. But what is left of a body is not waited for.
+pub(crate) fn overloaded<B>(request: &Request, in_flight: InFlight) -> Response<AnswerBody<B>> {
+    let core = Rc::clone(&in_flight.core);
+    core.cells.overloaded.add(1);
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    let mut response = text(status, None, in_flight);
+    let wait = core.settings.overload.retry_after;
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    if !request.body().is_end_stream() || core.draining().is_some() {
+        close_after(&mut response);
+    }
     response
 }
 

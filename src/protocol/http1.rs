@@ -20,7 +20,7 @@ use hyper::body::Incoming;
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 
-use super::answer::{Contained, InFlight, closing_text, respond};
+use super::answer::{Contained, InFlight, closing_text, overloaded, respond};
 use crate::BoxError;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
@@ -75,6 +75,7 @@ impl<S: Service> Speak for Http1<S> {
         let activity = Rc::clone(&io.activity);
         let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
             let service = Rc::clone(&service);
+            let refused = is_overloaded(&core);
             let in_flight = InFlight::begin(&core, &activity);
             let limits = &core.settings.http;
             let oversized = request.body().size_hint().lower() > limits.body_bytes_max;
@@ -84,6 +85,9 @@ impl<S: Service> Speak for Http1<S> {
             // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
             // too, and moves it there; this one is large.
             Box::pin(async move {
+                if refused {
+                    return Ok(overloaded(&request, in_flight));
+                }
                 if oversized {
                     return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
                 }
@@ -93,6 +97,12 @@ impl<S: Service> Speak for Http1<S> {
         });
         Box::pin(self.builder.serve_connection(io, answer))
     }
+}
+
+/// Whether the executor has too much to do to take one more request.
+fn is_overloaded(core: &Core) -> bool {
+    let shedder = core.shedder.as_ref();
+    shedder.is_some_and(|shedder| shedder.borrow_mut().refuses(core.cells.in_flight.get(), Instant::now))
 }
 
 impl<S: Service> Connect for Http1<S> {

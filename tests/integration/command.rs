@@ -18,6 +18,8 @@ fn usage_errors_are_explained_and_end_with_status_2() {
         (&["--root", "/no/such/directory"], &["/no/such/directory"]),
         (&["--idle-timeout=-1"], &["--idle-timeout"]),
         (&["--header-bytes", "10"], &["8192"]),
+        (&["--max-in-flight", "0"], &["--max-in-flight"]),
+        (&["--max-delay", "soon"], &["--max-delay"]),
         (&["--log", "ringleader=loud"], &["--log"]),
         (&["--no-such-flag"], &["--no-such-flag"]),
     ] {

@@ -10,6 +10,7 @@ mod idle;
 mod leaks;
 mod lifecycle;
 mod limits;
+mod overload;
 mod panics;
 mod scaling;
 mod shard;
