@@ -1,6 +1,7 @@
 //! The handler of every rival that runs hyper.
 
 use std::convert::Infallible;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -25,4 +26,23 @@ pub async fn answer<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Inf
     let content_type = HeaderValue::from_static(CONTENT_TYPE);
     response.headers_mut().insert(CONTENT_TYPE_NAME, content_type);
     Ok(response)
+}
+
+/// The same, and `GET /chaos/spin?ms=N` computes for so long first, for comparisons of what a stalled executor costs.
+///
+/// # Errors
+/// None.
+pub async fn answer_or_spin<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let asked = request.uri().path() == "/chaos/spin";
+    let milliseconds = request.uri().query().and_then(|query| query.strip_prefix("ms=")?.parse::<u64>().ok());
+    match milliseconds {
+        Some(milliseconds) if asked => {
+            let until = Instant::now() + Duration::from_millis(milliseconds);
+            while Instant::now() < until {
+                std::hint::spin_loop();
+            }
+            Ok(Response::new(Full::new(Bytes::from_static(b"spun\n"))))
+        }
+        _ => answer(request).await,
+    }
 }

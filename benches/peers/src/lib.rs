@@ -11,6 +11,6 @@ mod options;
 mod socket;
 
 pub use executors::{pin_to, run};
-pub use handler::{BODY, CONTENT_TYPE, answer};
+pub use handler::{BODY, CONTENT_TYPE, answer, answer_or_spin};
 pub use options::PeerOptions;
 pub use socket::{BACKLOG, listen};

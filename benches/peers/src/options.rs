@@ -15,6 +15,9 @@ pub struct PeerOptions {
     /// CPUs to pin to, such as `0` or `0,2-3`; executor i takes the (i mod length)th.
     #[arg(long, default_value = "0")]
     pub cpus: CpuList,
+    /// Add `/chaos/spin?ms=N`, as Ringleader's `--chaos` does; only peer-tokio has it.
+    #[arg(long)]
+    pub chaos: bool,
 }
 
 /// CPU numbers in the notation of taskset and cpusets. Never empty.

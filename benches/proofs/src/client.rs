@@ -29,6 +29,8 @@ pub struct Head {
 
 pub struct Answer {
     pub status: u16,
+    /// The server has said that it will close.
+    pub close: bool,
     pub body: Vec<u8>,
 }
 
@@ -84,7 +86,7 @@ impl Client {
                 Ok(())
             })
             .await?;
-        Ok(Answer { status: head.status, body })
+        Ok(Answer { status: head.status, close: head.close, body })
     }
 
     pub async fn get(&mut self, path: &str) -> io::Result<Answer> {
@@ -268,6 +270,7 @@ fn parse_head(bytes: &[u8]) -> io::Result<Head> {
 pub struct Whoami {
     pub executor: usize,
     pub generation: u64,
+    pub pid: u32,
 }
 
 /// Reads the answer of /whoami.
@@ -277,8 +280,10 @@ pub fn whoami(answer: &Answer) -> io::Result<Whoami> {
         let (_, rest) = text.split_once(&format!("\"{name}\":"))?;
         rest.split(|byte: char| !byte.is_ascii_digit()).next()?.parse().ok()
     };
-    match (answer.status, number("executor"), number("generation")) {
-        (200, Some(executor), Some(generation)) => Ok(Whoami { executor: executor as usize, generation }),
+    match (answer.status, number("executor"), number("generation"), number("pid")) {
+        (200, Some(executor), Some(generation), Some(pid)) => {
+            Ok(Whoami { executor: executor as usize, generation, pid: pid as u32 })
+        }
         _ => Err(wrong(format!("/whoami answered {} {text:?}", answer.status))),
     }
 }

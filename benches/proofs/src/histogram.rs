@@ -23,6 +23,15 @@ impl Histogram {
         self.longest = self.longest.max(wait);
     }
 
+    pub fn add(&mut self, other: &Self) {
+        if self.buckets.len() < other.buckets.len() {
+            self.buckets.resize(other.buckets.len(), 0);
+        }
+        self.buckets.iter_mut().zip(&other.buckets).for_each(|(mine, theirs)| *mine += theirs);
+        self.count += other.count;
+        self.longest = self.longest.max(other.longest);
+    }
+
     pub fn count(&self) -> u64 {
         self.count
     }

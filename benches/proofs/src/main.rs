@@ -6,6 +6,8 @@ mod client;
 mod escapes;
 mod histogram;
 mod idle;
+mod load;
+mod network;
 mod proc;
 mod random;
 mod report;
@@ -13,8 +15,10 @@ mod scale;
 mod server;
 mod soak;
 mod spread;
+mod stall;
 mod sys;
 mod trend;
+mod upgrades;
 
 use std::process::ExitCode;
 
@@ -44,6 +48,10 @@ enum Proof {
     Spread(spread::Arguments),
     /// Transfers of 1 GiB, and clients that read slowly
     Bodies(bodies::Arguments),
+    /// An executor that computes for seconds: detection, rescue of its queue, the tail beside tokio
+    Stall(stall::Arguments),
+    /// New processes that take over under load, and new binaries that are broken
+    Upgrades(upgrades::Arguments),
     /// 64 executors on two cores, and what a request costs at 1 and at 64
     Scale(scale::Arguments),
 }
@@ -56,6 +64,8 @@ impl Proof {
             Self::Idle(arguments) => &arguments.common,
             Self::Spread(arguments) => &arguments.common,
             Self::Bodies(arguments) => &arguments.common,
+            Self::Stall(arguments) => &arguments.common,
+            Self::Upgrades(arguments) => &arguments.common,
             Self::Scale(arguments) => &arguments.common,
         }
     }
@@ -67,6 +77,8 @@ impl Proof {
             Self::Idle(arguments) => idle::run(arguments).await,
             Self::Spread(arguments) => spread::run(arguments).await,
             Self::Bodies(arguments) => bodies::run(arguments).await,
+            Self::Stall(arguments) => stall::run(arguments).await,
+            Self::Upgrades(arguments) => upgrades::run(arguments).await,
             Self::Scale(arguments) => scale::run(arguments).await,
         }
     }

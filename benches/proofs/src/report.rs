@@ -68,6 +68,12 @@ impl Faults {
         }
     }
 
+    pub fn add(&mut self, other: Self) {
+        self.count += other.count;
+        let room = FAULTS_SHOWN - self.first.len();
+        self.first.extend(other.first.into_iter().take(room));
+    }
+
     pub fn count(&self) -> u64 {
         self.count
     }

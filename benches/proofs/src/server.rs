@@ -155,6 +155,24 @@ impl Server {
             .count()
     }
 
+    /// The first lines of the log that hold one of `words`, `most` at most.
+    pub fn log_lines(&self, words: &[&str], most: usize) -> Vec<String> {
+        let mut lines = self.log_since(0, words);
+        lines.truncate(most);
+        lines
+    }
+
+    pub fn log_length(&self) -> usize {
+        std::fs::metadata(&self.log).map_or(0, |file| file.len() as usize)
+    }
+
+    /// The lines of the log, after its first `bytes`, that hold one of `words`.
+    pub fn log_since(&self, bytes: usize, words: &[&str]) -> Vec<String> {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(log.get(bytes..).unwrap_or_default()).into_owned();
+        log.lines().filter(|line| words.iter().any(|word| line.contains(word))).map(str::to_owned).collect()
+    }
+
     fn log_tail(&self) -> String {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);

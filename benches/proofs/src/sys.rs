@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
 
 /// A set of CPUs.
 #[derive(Clone, Copy)]
@@ -66,6 +66,41 @@ pub fn bind_without_port(socket: &impl AsRawFd) -> io::Result<()> {
             size_of_val(&on) as libc::socklen_t,
         )
     };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Signals by what they are for.
+pub const TERMINATE: i32 = libc::SIGTERM;
+pub const KILL: i32 = libc::SIGKILL;
+pub const UPGRADE: i32 = libc::SIGUSR2;
+pub const PAUSE: i32 = libc::SIGSTOP;
+pub const RESUME: i32 = libc::SIGCONT;
+
+/// Sends a signal to a child, or to a process that was adopted, and that has not been waited for.
+pub fn signal(pid: u32, signal: i32) {
+    // SAFETY: kill takes no pointers. The number is still that process's own, as the caller has not waited for it.
+    unsafe { libc::kill(pid as libc::pid_t, signal) };
+}
+
+/// Makes this process the parent of its descendants whose own parent ends.
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// How a child, or an adopted one, has ended; `None` while it runs, and when it is nobody of ours (yet).
+pub fn reap(pid: u32) -> Option<ExitStatus> {
+    let mut status = 0;
+    // SAFETY: the pointer is that of `status`, which outlives the call.
+    let found = unsafe { libc::waitpid(pid as libc::pid_t, &raw mut status, libc::WNOHANG) };
+    (found == pid as libc::pid_t).then(|| ExitStatus::from_raw(status))
+}
+
+/// Puts the calling thread, and the processes it starts from now on, into a new network namespace.
+pub fn unshare_network() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -11,7 +11,7 @@ use clap::Parser;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use ringleader_peers::{PeerOptions, answer, listen, run};
+use ringleader_peers::{PeerOptions, answer, answer_or_spin, listen, run};
 use tokio::net::{TcpListener, TcpStream};
 
 fn main() {
@@ -28,7 +28,11 @@ async fn serve(options: &PeerOptions) -> io::Result<()> {
             Ok((stream, _)) => {
                 stream.set_nodelay(true)?;
                 // Plain `spawn`, not a `LocalSet`: on this runtime it is the cheaper of the two.
-                tokio::spawn(connection(stream));
+                if options.chaos {
+                    tokio::spawn(connection_that_may_spin(stream));
+                } else {
+                    tokio::spawn(connection(stream));
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => return Err(error),
@@ -40,4 +44,9 @@ async fn connection(stream: TcpStream) {
     let served = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer));
     // A client that resets its connection is the load generator's end of a run, not an error here.
     let _ = served.await;
+}
+
+/// Apart, so that a comparison without `--chaos` runs the plain handler.
+async fn connection_that_may_spin(stream: TcpStream) {
+    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer_or_spin)).await;
 }
