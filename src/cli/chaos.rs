@@ -7,7 +7,7 @@ use ringleader::{BoxError, Reject, Request, Response, Shard, StatusCode};
 
 use super::app::answer;
 
-/// A minute: the most that `/chaos/spin` and `/chaos/sleep` do.
+/// A minute: the most that `/chaos/spin`, `/chaos/block` and `/chaos/sleep` do.
 const MILLISECONDS_MAX: u64 = 60_000;
 
 pub(crate) async fn respond(shard: &Shard, request: &Request) -> Result<Response, BoxError> {
@@ -25,11 +25,19 @@ pub(crate) async fn respond(shard: &Shard, request: &Request) -> Result<Response
             }
             done("spun\n")
         }
+        "/chaos/block" => {
+            std::thread::sleep(milliseconds(request)?);
+            done("blocked\n")
+        }
         "/chaos/sleep" => {
             shard.sleep(milliseconds(request)?).await;
             done("slept\n")
         }
-        _ => Err(Reject::new(StatusCode::NOT_FOUND, "there is /chaos/panic, escape, spin?ms=N and sleep?ms=N").into()),
+        _ => Err(Reject::new(
+            StatusCode::NOT_FOUND,
+            "there is /chaos/panic, escape, and spin, block and sleep with ?ms=N",
+        )
+        .into()),
     }
 }
 

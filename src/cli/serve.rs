@@ -36,7 +36,8 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "root")]
     listing: bool,
 
-    /// Add /chaos/panic, /chaos/spin?ms=N, /chaos/sleep?ms=N and /chaos/escape, which break things on purpose
+    /// Add /chaos/panic, /chaos/escape, and /chaos/spin, /chaos/block, /chaos/sleep with ?ms=N, which break things on
+    /// purpose
     #[arg(long)]
     chaos: bool,
 

@@ -57,6 +57,8 @@ pub struct Fresh {
     pub begun: u64,
     pub answered: Vec<Answered>,
     pub failed: Faults,
+    /// When those were meant to begin, and what happened to them.
+    pub failed_at: Vec<(Instant, String)>,
     /// How late the generator itself began.
     pub lag: Histogram,
 }

@@ -8,10 +8,13 @@ mod histogram;
 mod idle;
 mod load;
 mod network;
+mod panics;
 mod proc;
 mod random;
 mod report;
 mod scale;
+mod scaling;
+mod serve;
 mod server;
 mod soak;
 mod spread;
@@ -32,7 +35,17 @@ use server::Common;
 #[command(name = "ringleader-proofs", version, arg_required_else_help = true)]
 struct Arguments {
     #[command(subcommand)]
-    proof: Proof,
+    command: Command,
+}
+
+/// A proof, or the server that some of them start.
+#[derive(Subcommand)]
+enum Command {
+    #[command(flatten)]
+    Proof(Proof),
+    /// Not a proof: a small server built with the library, which some proofs start
+    #[command(hide = true)]
+    Serve(serve::Arguments),
 }
 
 /// One row per proof; each has its file.
@@ -48,6 +61,12 @@ enum Proof {
     Spread(spread::Arguments),
     /// Transfers of 1 GiB, and clients that read slowly
     Bodies(bodies::Arguments),
+    /// Handlers that panic: nobody but their own clients notices
+    Panics(panics::Arguments),
+    /// More and fewer executors by order, a thousand times
+    Orders(scaling::Orders),
+    /// More and fewer executors by load
+    Ramp(scaling::Ramp),
     /// An executor that computes for seconds: detection, rescue of its queue, the tail beside tokio
     Stall(stall::Arguments),
     /// New processes that take over under load, and new binaries that are broken
@@ -64,6 +83,9 @@ impl Proof {
             Self::Idle(arguments) => &arguments.common,
             Self::Spread(arguments) => &arguments.common,
             Self::Bodies(arguments) => &arguments.common,
+            Self::Panics(arguments) => &arguments.common,
+            Self::Orders(arguments) => &arguments.common,
+            Self::Ramp(arguments) => &arguments.common,
             Self::Stall(arguments) => &arguments.common,
             Self::Upgrades(arguments) => &arguments.common,
             Self::Scale(arguments) => &arguments.common,
@@ -77,6 +99,9 @@ impl Proof {
             Self::Idle(arguments) => idle::run(arguments).await,
             Self::Spread(arguments) => spread::run(arguments).await,
             Self::Bodies(arguments) => bodies::run(arguments).await,
+            Self::Panics(arguments) => panics::run(arguments).await,
+            Self::Orders(arguments) => scaling::orders(arguments).await,
+            Self::Ramp(arguments) => scaling::ramp(arguments).await,
             Self::Stall(arguments) => stall::run(arguments).await,
             Self::Upgrades(arguments) => upgrades::run(arguments).await,
             Self::Scale(arguments) => scale::run(arguments).await,
@@ -85,8 +110,12 @@ impl Proof {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse().proof) {
-        Ok(verdicts) => ExitCode::from(u8::from(!verdicts.conclude())),
+    let outcome = match Arguments::parse().command {
+        Command::Proof(proof) => run(&proof).map(Verdicts::conclude),
+        Command::Serve(arguments) => serve::run(&arguments).map(|()| true),
+    };
+    match outcome {
+        Ok(met) => ExitCode::from(u8::from(!met)),
         Err(message) => {
             eprintln!("ringleader-proofs: {message}");
             ExitCode::from(2)

@@ -127,6 +127,11 @@ impl Server {
         self.child.id()
     }
 
+    /// How it has ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
     pub fn sample(&self) -> Result<Sample, String> {
         proc::sample(self.pid())
             .map_err(|error| format!("reading /proc of the server, process {}: {error}", self.pid()))

@@ -147,8 +147,9 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     if !arguments.no_broken {
         broken(arguments, &binary, &mut serving, &mut verdicts).await?;
     }
-    sys::signal(serving.pid, sys::TERMINATE);
-    let ended = reap(&serving, serving.pid, DRAIN_MAX * 2).await;
+    let last = serving.pid;
+    sys::signal(last, sys::TERMINATE);
+    let ended = reap(&mut serving, last, DRAIN_MAX * 2).await;
     verdicts.check(ended.as_deref() == Some("exit status: 0"), "the last server stops in order", format!("{ended:?}"));
     Ok(verdicts)
 }
@@ -267,13 +268,14 @@ async fn who_serves(server: &Server) -> io::Result<u32> {
 }
 
 /// How a process ended, if it does in time.
-async fn reap(serving: &Serving, pid: u32, limit: Duration) -> Option<String> {
+async fn reap(serving: &mut Serving, pid: u32, limit: Duration) -> Option<String> {
     let began = Instant::now();
     while began.elapsed() < limit {
-        if let Some(status) = sys::reap(pid) {
+        let ours = pid == serving.server.pid();
+        if let Some(status) = if ours { serving.server.ended() } else { sys::reap(pid) } {
             return Some(status.to_string());
         }
-        if pid != serving.server.pid() && !Path::new(&format!("/proc/{pid}")).exists() {
+        if !ours && !Path::new(&format!("/proc/{pid}")).exists() {
             return Some("gone, and not by our hand".to_owned());
         }
         sleep(Duration::from_millis(5)).await;

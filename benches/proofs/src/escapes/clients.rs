@@ -166,6 +166,16 @@ fn check(block: &[u8], mut at: usize, mut piece: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Connects again and again without a pause until the victim's next generation has answered somebody.
+pub async fn probe(stage: Rc<Stage>) {
+    while !stage.is_stopped() && !stage.serves_again() {
+        if let Some((client, known)) = introduced(&stage).await {
+            stage.leave(&known);
+            client.reset();
+        }
+    }
+}
+
 async fn come_and_go(stage: Rc<Stage>, mut random: Random) {
     while !stage.is_stopped() {
         if let Some((client, known)) = introduced(&stage).await {

@@ -29,6 +29,8 @@ const RESTART_MAX: Duration = Duration::from_secs(20);
 /// Escapes that may fail to come about before the proof gives up.
 const FAILED_MAX: usize = 5;
 const EXECUTORS: usize = 4;
+/// Clients that look out for the next generation, without a pause.
+const PROBES: usize = 4;
 /// "From the 10th on."
 const FIRST_REST: usize = 10;
 
@@ -51,6 +53,9 @@ pub struct Arguments {
     /// Milliseconds in which a victim's clients have to see the end
     #[arg(long, value_name = "MS", default_value_t = 100)]
     end_limit: u64,
+    /// Milliseconds from a victim's end to the first answer of the next generation, in the middle of all escapes
+    #[arg(long, value_name = "MS", default_value_t = 5)]
+    restart_limit: u64,
     /// MiB that memory at rest may grow by from the 10th escape to the last
     #[arg(long, default_value_t = 2.0)]
     rss_tolerance: f64,
@@ -93,7 +98,7 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
         rests.push(rest);
     }
     let mut verdicts = Verdicts::default();
-    judge(&stage, arguments.count, &mut verdicts);
+    judge(&stage, arguments, &mut verdicts);
     judge_rests(&rests, arguments.rss_tolerance, &mut verdicts);
     let (status, time) = server.stop()?;
     verdicts.check(status.success(), "the server stops in order", format!("{status} after {time:.2?}"));
@@ -150,6 +155,7 @@ async fn escape(stage: &Rc<Stage>, victim: usize) -> Result<(), String> {
     stage.order(who);
     let sent = client.send(client::get("/chaos/escape", false).as_bytes()).await;
     sent.map_err(|error| format!("ordering the escape of {who:?}: {error}"))?;
+    (0..PROBES).for_each(|_| drop(tokio::task::spawn_local(clients::probe(Rc::clone(stage)))));
     let served = async {
         while stage.latest(victim) <= who.generation {
             stage.changed.notified().await;
@@ -181,10 +187,12 @@ async fn reach(stage: &Stage, victim: usize) -> std::io::Result<(Client, Whoami)
     Err(client::wrong("1,000 connections and none reached it"))
 }
 
-fn judge(stage: &Stage, count: usize, verdicts: &mut Verdicts) {
+fn judge(stage: &Stage, arguments: &Arguments, verdicts: &mut Verdicts) {
+    let count = arguments.count;
     let seen = stage.seen.borrow();
     println!("  victim's clients saw the end: {}", seen.ends);
     println!("  first answer of the next generation: {}", seen.restarts);
+    println!("  the same since the first end: {}", seen.gaps);
     println!(
         "  answers: {} kept alive, {} pieces of bodies, {} fresh; {} fresh in flight at the victim",
         seen.asked, seen.pieces, seen.fresh, seen.in_flight
@@ -195,6 +203,12 @@ fn judge(stage: &Stage, count: usize, verdicts: &mut Verdicts) {
         restarts == count as u64,
         "every escape leads to a next generation",
         format!("{restarts} of {count}"),
+    );
+    let (limit, middle) = (Duration::from_millis(arguments.restart_limit), seen.gaps.percentile(0.5));
+    verdicts.check(
+        middle <= limit && restarts > 0,
+        &format!("it serves again in {limit:?} (median) after its end"),
+        format!("{middle:.2?}, worst {:.2?}", seen.gaps.longest()),
     );
     verdicts.check(
         seen.innocents.count() == 0,

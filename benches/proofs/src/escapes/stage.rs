@@ -33,6 +33,8 @@ pub struct Seen {
     pub ends_in_body: u64,
     /// From the order to the first answer of the next generation.
     pub restarts: Histogram,
+    /// From the first end that a victim's client saw to that answer.
+    pub gaps: Histogram,
     pub asked: u64,
     pub pieces: u64,
     pub fresh: u64,
@@ -99,10 +101,18 @@ impl Stage {
             let next = escape.victim.executor == who.executor && escape.victim.generation < who.generation;
             if next && !escape.served_again {
                 escape.served_again = true;
-                self.seen.borrow_mut().restarts.record(escape.ordered.elapsed());
+                let gap = escape.first_end.map_or(Duration::ZERO, |end| end.elapsed());
+                let mut seen = self.seen.borrow_mut();
+                seen.restarts.record(escape.ordered.elapsed());
+                seen.gaps.record(gap);
                 self.changed.notify_one();
             }
         }
+    }
+
+    /// Whether the victim's next generation has answered.
+    pub fn serves_again(&self) -> bool {
+        self.escapes.borrow().last().is_some_and(|escape| escape.served_again)
     }
 
     pub fn latest(&self, executor: usize) -> u64 {
