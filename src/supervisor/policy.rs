@@ -12,31 +12,36 @@
 //! - Reports may come twice, late or never. Those of an earlier generation or thread are ignored.
 //! - After [`Action::Exit`] every event is ignored.
 //!
-//! Not here yet: stalls, scaling by load, upgrade, a pause between "not ready" and the drain. Each is an
-//! event with an arm in `step`, and where it lasts, a state of the slot.
+//! Each matter has a file: [`stall`], [`target`] with [`scaling`], [`upgrade`], [`stopping`]. Here are the lives of
+//! generations, and what follows from the slots' states whichever event led to them: table, rescue, readiness, the end.
 
 mod config;
 #[cfg(test)]
 mod defects;
 mod message;
+mod scaling;
 #[cfg(test)]
 mod sim;
 mod slot;
+mod stall;
+mod stopping;
+mod target;
 #[cfg(test)]
 mod tests;
+mod upgrade;
 
 use std::time::{Duration, Instant};
 
-#[expect(unused_imports, reason = "the loop does not make use of them yet")]
 pub use config::{Config, HangPolicy, RestartPolicy, Scaling};
-#[expect(unused_imports, reason = "the loop does not make use of them yet")]
 pub use message::{
     Action, DrainReason, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, ScaleRefusal, SlotLoad,
     StopMode, Stopped, TargetReason, UpgradeRefusal,
 };
-use slot::{Limit, Random, Slot, State, Thread, Verdict, later};
+use scaling::Scaler;
+use slot::{Health, Limit, Random, Slot, State, Thread, Verdict};
 #[cfg_attr(not(test), expect(unused_imports, reason = "for the handle's view of the slots"))]
 pub use slot::{SlotState, SlotStatus};
+use upgrade::Upgrade;
 
 /// How long a generation told to stop at once may take before its thread is given up.
 ///
@@ -57,7 +62,14 @@ pub struct Policy {
     /// The latest `now`. Time does not run backwards in here, whatever the caller says.
     latest: Option<Instant>,
     random: Random,
+    /// How many slots are wanted.
+    target: u16,
+    scaler: Scaler,
+    upgrade: Upgrade,
+    /// How many there have been.
+    successors: u32,
     table: Vec<u16>,
+    rescue: Vec<u16>,
     readiness: Readiness,
     /// Filled during one step, empty between steps.
     actions: Vec<Action>,
@@ -68,6 +80,12 @@ enum Phase {
     New,
     Starting,
     Running,
+    /// A stop has been ordered, readiness says so, and executors go on accepting until all who ask have heard of it.
+    LameDuck {
+        until: Instant,
+        /// For the drain that follows.
+        limit: Duration,
+    },
     /// The eager start has failed, the others are being stopped.
     Failing {
         slot: u16,
@@ -76,9 +94,17 @@ enum Phase {
     Stopping {
         how: Stopped,
         drain_until: Option<Instant>,
+        handed_over: bool,
         failed: u16,
     },
     Exited,
+}
+
+impl Phase {
+    /// Whether connections are accepted, and slots that fail come back.
+    fn serves(self) -> bool {
+        matches!(self, Self::Running | Self::LameDuck { .. })
+    }
 }
 
 impl Policy {
@@ -89,12 +115,17 @@ impl Policy {
     pub fn new(config: Config, slots: u16, seed: u64) -> Self {
         assert!(slots > 0, "a supervisor needs at least one slot");
         Self {
+            target: 0,
+            scaler: Scaler::new(&config.scaling),
+            upgrade: Upgrade::None,
+            successors: 0,
             config,
             slots: (0..slots).map(Slot::new).collect(),
             phase: Phase::New,
             latest: None,
             random: Random::new(seed),
             table: Vec::new(),
+            rescue: Vec::new(),
             readiness: Readiness::NotReady(NotReady::Starting),
             actions: Vec::new(),
         }
@@ -112,14 +143,14 @@ impl Policy {
             Event::Ready { slot, generation } => self.ready(slot, generation, now),
             Event::Ended { slot, generation, how } => self.ended(slot, generation, how, now),
             Event::ThreadDied { slot, thread } => self.thread_died(slot, thread, now),
-            Event::Stalled { .. }
-            | Event::Starved { .. }
-            | Event::Recovered { .. }
-            | Event::Load { .. }
-            | Event::Scale { .. }
-            | Event::Upgrade
-            | Event::SuccessorReady { .. }
-            | Event::SuccessorFailed { .. } => {}
+            Event::Stalled { slot, generation } => self.stalled(slot, generation, now),
+            Event::Starved { slot, generation } => self.starved(slot, generation, now),
+            Event::Recovered { slot, generation } => self.recovered(slot, generation),
+            Event::Load { samples } => self.load(&samples, now),
+            Event::Scale { count } => self.scale_asked(count, now),
+            Event::Upgrade => self.upgrade_asked(now),
+            Event::SuccessorReady { successor } => self.successor_ready(successor, now),
+            Event::SuccessorFailed { successor } => self.successor_failed(successor),
             Event::Stop(mode) => self.stop(mode, now),
             Event::Tick => self.tick(now),
         }
@@ -129,25 +160,27 @@ impl Policy {
 
     /// When to send the next [`Event::Tick`] if nothing else happens. `None`: nothing is pending.
     pub fn next_deadline(&self) -> Option<Instant> {
-        let drain = match self.phase {
+        let phase = match self.phase {
             Phase::Exited => return None,
             Phase::Stopping { drain_until, .. } => drain_until,
+            Phase::LameDuck { until, .. } => Some(until),
             _ => None,
         };
-        self.slots.iter().filter_map(|slot| slot.state.deadline()).chain(drain).min()
+        let serves = self.phase.serves();
+        let slots = self.slots.iter().filter_map(|slot| slot.state.deadline(serves));
+        slots.chain(phase).chain(self.upgrade.deadline()).min()
     }
 
     /// How often to take a sample for [`Event::Load`]. `None`: automatic scaling is off.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the loop takes no samples yet"))]
     pub fn sample_period(&self) -> Option<Duration> {
-        let max = self.slots.len();
-        (usize::from(self.config.slots_min) < max).then_some(self.config.scaling.period)
+        let (min, max) = self.bounds();
+        (min < max).then_some(self.config.scaling.period)
     }
 
     /// How many executors are to run.
     #[cfg_attr(not(test), expect(dead_code, reason = "for the handle's view of the slots"))]
     pub fn target(&self) -> u16 {
-        self.slots.len() as u16
+        self.target
     }
 
     /// What a load balancer is told at present.
@@ -163,16 +196,16 @@ impl Policy {
     }
 }
 
-/// The events.
+/// The events in the lives of generations.
 impl Policy {
     fn start(&mut self, now: Instant) {
         if self.phase != Phase::New {
             return;
         }
         self.phase = Phase::Starting;
-        for index in 0..self.slots.len() {
-            self.begin(index, now);
-        }
+        let (min, max) = self.bounds();
+        self.target = self.config.slots_start.clamp(min, max);
+        self.want_more(usize::from(self.target), now);
     }
 
     fn ready(&mut self, slot: u16, generation: u32, now: Instant) {
@@ -180,7 +213,7 @@ impl Policy {
             return;
         };
         if slot.generation == generation && matches!(slot.state, State::Starting(_)) {
-            slot.state = State::Ready { since: now };
+            slot.state = State::Ready { since: now, health: Health::Well };
         }
     }
 
@@ -194,7 +227,10 @@ impl Policy {
             Some(slot) if slot.generation == generation && slot.holds == Thread::Abandoned => {
                 self.retire_thread(index);
             }
-            _ => {}
+            Some(_) => {
+                self.reclaim(index, |leaked| leaked.generation == generation);
+            }
+            None => {}
         }
     }
 
@@ -208,37 +244,37 @@ impl Policy {
                     self.generation_over(index, None, now);
                 }
             }
-            _ => {}
-        }
-    }
-
-    fn stop(&mut self, mode: StopMode, now: Instant) {
-        match self.phase {
-            Phase::New | Phase::Starting | Phase::Running => self.begin_stop(mode, now),
-            Phase::Stopping { .. } if mode == StopMode::Now => {
-                self.cut_drain(Stopped::Interrupted, now);
+            Some(_) => {
+                self.reclaim(index, |leaked| leaked.thread == thread);
             }
-            Phase::Stopping { .. } | Phase::Failing { .. } | Phase::Exited => {}
+            None => {}
         }
     }
 
     fn tick(&mut self, now: Instant) {
-        if let Phase::Stopping { drain_until: Some(until), .. } = self.phase
-            && until <= now
-        {
-            self.cut_drain(Stopped::DeadlinePassed, now);
-        }
+        self.tick_phase(now);
+        self.tick_upgrade(now);
         for index in 0..self.slots.len() {
-            let state = &mut self.slots[index].state;
-            if !state.strikes(now, self.config.start_timeout) {
-                continue;
-            }
-            match state {
-                State::Backoff { .. } => self.begin(index, now),
-                State::Starting(_) => self.start_timed_out(index, now),
-                State::Stopping(_) => self.abandon(index),
-                State::Idle | State::Ready { .. } | State::Draining | State::Quarantined | State::Ended => {}
-            }
+            self.tick_slot(index, now);
+        }
+    }
+
+    fn tick_slot(&mut self, index: usize, now: Instant) {
+        let state = &mut self.slots[index].state;
+        let up = match state {
+            State::Backoff { until } => *until <= now,
+            State::Starting(limit) => limit.strikes(now, self.config.start_timeout),
+            State::Draining { limit: Some(limit) } => limit.strikes(now, self.config.drain_deadline),
+            State::Stopping { limit, .. } => limit.strikes(now, STOP_GRACE),
+            State::Ready { .. } => return self.tick_stalled(index, now),
+            _ => false,
+        };
+        match self.slots[index].state {
+            State::Backoff { .. } if up => self.begin(index, now),
+            State::Starting(_) if up => self.start_timed_out(index, now),
+            State::Draining { .. } if up => self.stop_now(index, now),
+            State::Stopping { .. } if up => self.abandon(index),
+            _ => {}
         }
     }
 }
@@ -262,21 +298,28 @@ impl Policy {
 
     /// A live generation is no more. `how` is `None` if its thread went with it.
     fn generation_over(&mut self, index: usize, how: Option<End>, now: Instant) {
-        let draining = self.slots[index].state == State::Draining;
-        match &mut self.phase {
-            Phase::Running => return self.restart(index, now),
+        match self.phase {
+            Phase::Running | Phase::LameDuck { .. } => self.over_in_service(index, now),
             Phase::Starting => {
                 self.lay_down(index);
-                return self.fail_start(index, Failure::from_end(how), now);
+                self.fail_start(index, Failure::from_end(how), now);
             }
-            Phase::Stopping { how: outcome, failed, .. } if draining => match how {
-                Some(End::Drained) => {}
-                Some(End::Stopped) => *outcome = Stopped::DeadlinePassed,
-                _ => *failed += 1,
-            },
-            _ => {}
+            _ => {
+                self.note_end_of_drain(index, how);
+                self.lay_down(index);
+            }
         }
-        self.lay_down(index);
+    }
+
+    fn over_in_service(&mut self, index: usize, now: Instant) {
+        let slot = &self.slots[index];
+        let retired = matches!(slot.state, State::Draining { .. } | State::Stopping { retired: true, .. });
+        match slot.wanted {
+            false => self.rest(index),
+            // It was on its way out when it was wanted again.
+            true if retired => self.begin(index, now),
+            true => self.restart(index, now),
+        }
     }
 
     fn restart(&mut self, index: usize, now: Instant) {
@@ -308,48 +351,21 @@ impl Policy {
         }
     }
 
-    fn begin_stop(&mut self, mode: StopMode, now: Instant) {
-        let drain_until = match mode {
-            StopMode::Now => None,
-            StopMode::Drain { deadline } => Some(later(now, deadline.unwrap_or(self.config.drain_deadline))),
-        };
-        self.phase =
-            Phase::Stopping { how: drain_until.map_or(Stopped::AtOnce, |_| Stopped::Drained), drain_until, failed: 0 };
-        for index in 0..self.slots.len() {
-            let slot = &mut self.slots[index];
-            match (slot.state, drain_until) {
-                (State::Ready { .. }, Some(deadline)) => {
-                    slot.state = State::Draining;
-                    let slot = slot.index;
-                    self.actions.push(Action::Drain { slot, deadline, why: DrainReason::Stop });
-                }
-                (State::Idle | State::Backoff { .. }, _) => self.lay_down(index),
-                // A generation that is still starting has no connection to finish.
-                _ => self.stop_now(index, now),
-            }
-        }
-    }
-
-    /// Ends the drain for the generations that are not done with it.
-    fn cut_drain(&mut self, why: Stopped, now: Instant) {
-        let draining = self.slots.iter().any(|s| s.state == State::Draining);
-        if let Phase::Stopping { how, drain_until, .. } = &mut self.phase {
-            *drain_until = None;
-            if draining {
-                *how = why;
-            }
-        }
-        for index in 0..self.slots.len() {
-            self.stop_now(index, now);
-        }
-    }
-
     /// Tells the slot's generation to stop, unless there is none or it has been told already.
     fn stop_now(&mut self, index: usize, now: Instant) {
         let slot = &mut self.slots[index];
-        if slot.state.is_live() && !matches!(slot.state, State::Stopping(_)) {
-            slot.state = State::Stopping(Limit::new(now, STOP_GRACE));
-            self.actions.push(Action::StopNow { slot: slot.index });
+        if !slot.state.is_live() || matches!(slot.state, State::Stopping { .. }) {
+            return;
+        }
+        let cut = matches!(slot.state, State::Draining { .. });
+        let retired = cut || !slot.wanted;
+        slot.state = State::Stopping { limit: Limit::new(now, STOP_GRACE), retired };
+        self.actions.push(Action::StopNow { slot: slot.index });
+        if let Phase::Stopping { how, .. } = &mut self.phase
+            && cut
+            && *how == Stopped::Drained
+        {
+            *how = Stopped::DeadlinePassed;
         }
     }
 
@@ -360,7 +376,7 @@ impl Policy {
         slot.holds = Thread::Abandoned;
         let (slot, thread) = (slot.index, slot.thread);
         self.actions.push(Action::Abandon { slot, thread });
-        if self.phase == Phase::Running {
+        if self.phase.serves() {
             self.quarantine(index, Quarantine::Stuck);
         } else {
             self.slots[index].state = State::Ended;
@@ -393,12 +409,13 @@ impl Policy {
 /// What follows from the slots' states, whichever event led to them.
 impl Policy {
     fn settle(&mut self) {
-        let all = |test: fn(&State) -> bool| self.slots.iter().all(|s| test(&s.state));
-        let started = self.phase == Phase::Starting && all(|s| matches!(s, State::Ready { .. }));
+        let started =
+            self.phase == Phase::Starting && self.wanted().all(|slot| matches!(slot.state, State::Ready { .. }));
         if started {
             self.phase = Phase::Running;
         }
         self.settle_table();
+        self.settle_rescue();
         self.settle_readiness();
         if started {
             self.actions.push(Action::Started);
@@ -407,6 +424,10 @@ impl Policy {
             self.phase = Phase::Exited;
             self.actions.push(Action::Exit(outcome));
         }
+    }
+
+    fn wanted(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(|slot| slot.wanted)
     }
 
     /// Before everything has started there is no table, and the kernel spreads over all slots; during a
@@ -419,15 +440,24 @@ impl Policy {
         }
     }
 
+    /// Whoever is not active has nobody to empty its queue: it is spare, down, on its way in or out, or busy with something
+    /// else. Without an active slot there is nobody to hand connections to, and they are better off in the queues.
+    fn settle_rescue(&mut self) {
+        let active = self.active();
+        let mut rescue = Vec::new();
+        if !active.is_empty() {
+            rescue.extend(self.slots.iter().map(|slot| slot.index).filter(|slot| !active.contains(slot)));
+        }
+        if rescue != self.rescue {
+            self.rescue.clone_from(&rescue);
+            self.actions.push(Action::Rescue(rescue));
+        }
+    }
+
     fn settle_readiness(&mut self) {
-        let quarantined = self.slots.iter().filter(|s| s.state == State::Quarantined);
         let readiness = match self.phase {
             Phase::New | Phase::Starting => Readiness::NotReady(NotReady::Starting),
-            Phase::Running if quarantined.count() * 2 > self.slots.len() => {
-                Readiness::NotReady(NotReady::MostQuarantined)
-            }
-            Phase::Running if self.active().is_empty() => Readiness::NotReady(NotReady::NoActiveSlot),
-            Phase::Running => Readiness::Ready,
+            Phase::Running => self.readiness_in_service(),
             _ => Readiness::NotReady(NotReady::Stopping),
         };
         if readiness != self.readiness {
@@ -436,32 +466,47 @@ impl Policy {
         }
     }
 
+    /// The ratios are those of the slots that are wanted. A stall that is shorter than
+    /// [`Config::stalled_not_ready_after`] is no reason, even if no other slot is left.
+    fn readiness_in_service(&self) -> Readiness {
+        let count = |test: fn(&State) -> bool| self.wanted().filter(|slot| test(&slot.state)).count();
+        let half = self.wanted().count();
+        let quarantined = count(|state| *state == State::Quarantined);
+        let stalled =
+            count(|state| matches!(state, State::Ready { health: Health::Stalled { unready: None, .. }, .. }));
+        if quarantined * 2 > half {
+            Readiness::NotReady(NotReady::MostQuarantined)
+        } else if (quarantined + stalled) * 2 > half {
+            Readiness::NotReady(NotReady::Stalled)
+        } else if count(|state| matches!(state, State::Ready { .. })) == 0 {
+            Readiness::NotReady(NotReady::NoActiveSlot)
+        } else {
+            Readiness::Ready
+        }
+    }
+
     fn active(&self) -> Vec<u16> {
-        let ready = |slot: &&Slot| matches!(slot.state, State::Ready { .. });
-        match self.phase {
-            Phase::Running => self.slots.iter().filter(ready).map(|s| s.index).collect(),
-            _ => Vec::new(),
+        match self.phase.serves() {
+            true => self.slots.iter().filter(|slot| slot.state.is_active()).map(|slot| slot.index).collect(),
+            false => Vec::new(),
         }
     }
 
     fn outcome(&self) -> Option<Outcome> {
-        let mut states = self.slots.iter().map(|slot| slot.state);
-        let abandoned = || {
-            let left = self.slots.iter().filter(|s| s.holds == Thread::Abandoned);
-            // At most one for each slot, and slots are counted in u16.
-            left.count() as u16
-        };
+        if self.slots.iter().any(|slot| slot.state.is_live()) {
+            return None;
+        }
+        let abandoned = self.slots.iter().fold(0_u16, |sum, slot| sum.saturating_add(slot.abandoned()));
         match self.phase {
-            Phase::Running if states.all(|s| s == State::Quarantined) => {
-                Some(Outcome::AllQuarantined { abandoned: abandoned() })
+            // A successor that is on its way may be the cure.
+            Phase::Running
+                if self.wanted().all(|slot| slot.state == State::Quarantined) && !self.upgrade.is_waiting() =>
+            {
+                Some(Outcome::AllQuarantined { abandoned })
             }
-            Phase::Failing { slot, failure } if !states.any(|s| s.is_live()) => {
-                let abandoned = abandoned();
-                Some(Outcome::StartFailed { slot, failure, abandoned })
-            }
-            Phase::Stopping { how, failed, .. } if !states.any(|s| s.is_live()) => {
-                let abandoned = abandoned();
-                Some(Outcome::Stopped { how, handed_over: false, failed, abandoned })
+            Phase::Failing { slot, failure } => Some(Outcome::StartFailed { slot, failure, abandoned }),
+            Phase::Stopping { how, handed_over, failed, .. } => {
+                Some(Outcome::Stopped { how, handed_over, failed, abandoned })
             }
             _ => None,
         }

@@ -61,6 +61,13 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// After how long in one turn something is to be done about it.
+    pub(super) fn hang_limit(&self) -> Option<Duration> {
+        self.hang_timeout.filter(|_| self.hang != HangPolicy::Ignore)
+    }
+}
+
 /// What becomes of an executor that has been stalled for [`Config::hang_timeout`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(not(test), expect(dead_code, reason = "the builder does not offer the choice yet"))]

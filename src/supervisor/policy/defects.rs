@@ -29,6 +29,32 @@ pub(super) enum Defect {
     EarlyCut,
     NeverHealthy,
     PraiseEveryDrain,
+    RescueHealthy,
+    ForgetRescue,
+    RescueInStop,
+    KeepStalledInTable,
+    ForgetRecovery,
+    ReplaceStarved,
+    HangNeverStruck,
+    StallCountsAtOnce,
+    StallNeverCounts,
+    LeakWithoutBound,
+    ForgetLeakedThread,
+    StartDuringDrain,
+    ScalePastMax,
+    LoseTarget,
+    DrainBeforeTable,
+    EndlessScaleDown,
+    NoScaleAnswer,
+    TwoSuccessors,
+    NoUpgradeAnswer,
+    ForgetKill,
+    NoReattach,
+    GoOnAfterHandOver,
+    NoDelay,
+    KeepListeners,
+    NoReversalPenalty,
+    OneSampleIsEnough,
 }
 
 const NEVER: Duration = Duration::from_secs(1_000_000_000);
@@ -38,16 +64,29 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
     let Some(defect) = defect else {
         return policy.step(event, now);
     };
-    spoil_before(policy, defect, now);
+    spoil_before(policy, defect, &event, now);
     if defect == Defect::IgnoreSecondStop
         && matches!(policy.phase, Phase::Stopping { .. })
         && event == Event::Stop(StopMode::Now)
     {
         return Vec::new();
     }
-    let event = if defect == Defect::BelieveStale { believe(policy, event) } else { event };
+    let event = match (defect, event) {
+        (Defect::BelieveStale, event) => believe(policy, event),
+        (Defect::ForgetRecovery, Event::Recovered { .. }) => Event::Tick,
+        (Defect::ReplaceStarved, Event::Starved { slot, generation }) => Event::Stalled { slot, generation },
+        (_, event) => event,
+    };
+    let leaked: Vec<(u16, u32)> =
+        policy.slots.iter().flat_map(|slot| slot.leaked.iter().map(|leaked| (slot.index, leaked.thread))).collect();
     let mut actions = policy.step(event.clone(), now);
-    spoil_actions(policy, defect, event, &mut actions, now);
+    spoil_actions(policy, defect, &event, &mut actions, now);
+    if defect == Defect::ForgetLeakedThread {
+        let back =
+            |action: &Action| matches!(action, Action::Join { slot, thread } if leaked.contains(&(*slot, *thread)));
+        actions.retain(|action| !back(action));
+    }
+    change_actions(policy, defect, &mut actions);
     for slot in &mut policy.slots {
         spoil_state(defect, &mut slot.state, now);
         if defect == Defect::NeverQuarantine {
@@ -62,12 +101,28 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
     actions
 }
 
-fn spoil_before(policy: &mut Policy, defect: Defect, now: Instant) {
-    if let (Defect::EarlyCut, Phase::Stopping { drain_until, .. }) = (defect, &mut policy.phase) {
-        *drain_until = drain_until.map(|_| now);
+fn spoil_before(policy: &mut Policy, defect: Defect, event: &Event, now: Instant) {
+    match defect {
+        Defect::EarlyCut => {
+            if let Phase::Stopping { drain_until, .. } = &mut policy.phase {
+                *drain_until = drain_until.map(|_| now);
+            }
+        }
+        Defect::LeakWithoutBound => policy.config.leaked_max = u16::MAX,
+        Defect::NoDelay => policy.config.drain_delay = Duration::ZERO,
+        Defect::NoReversalPenalty => policy.config.scaling.reversal_penalty = 0,
+        Defect::OneSampleIsEnough => (policy.config.scaling.up_after, policy.scaler.down_after) = (1, 1),
+        Defect::TwoSuccessors if *event == Event::Upgrade => policy.upgrade = Upgrade::None,
+        Defect::LoseTarget => {
+            if let Event::Ended { slot, .. } = event {
+                let slot = &mut policy.slots[usize::from(*slot)];
+                slot.wanted &= !matches!(slot.state, State::Draining { .. });
+            }
+        }
+        _ => {}
     }
     for slot in &mut policy.slots {
-        if let (Defect::NeverHealthy, State::Ready { since }) = (defect, &mut slot.state) {
+        if let (Defect::NeverHealthy, State::Ready { since, .. }) = (defect, &mut slot.state) {
             *since = now;
         }
     }
@@ -86,22 +141,38 @@ fn spoil_state(defect: Defect, state: &mut State, now: Instant) {
     match (defect, state) {
         (Defect::SkipBackoff, State::Backoff { until }) => *until = now,
         (Defect::ForgetSlotAfterCrash, State::Backoff { until }) => *until = later(now, NEVER),
-        (Defect::EndlessStopGrace, State::Stopping(limit)) | (Defect::EndlessStart, State::Starting(limit)) => {
+        (Defect::EndlessStopGrace, State::Stopping { limit, .. }) | (Defect::EndlessStart, State::Starting(limit)) => {
             limit.at = later(now, NEVER)
         }
+        (Defect::HangNeverStruck, State::Ready { health: Health::Stalled { hang, .. }, .. }) => *hang = None,
+        (Defect::StallCountsAtOnce, State::Ready { health: Health::Stalled { unready, .. }, .. }) => *unready = None,
+        (Defect::StallNeverCounts, State::Ready { health: Health::Stalled { unready, .. }, .. }) => {
+            *unready = Some(Limit::new(now, NEVER));
+        }
+        (Defect::EndlessScaleDown, State::Draining { limit: Some(limit) }) => limit.at = later(now, NEVER),
         _ => {}
     }
 }
 
-fn spoil_actions(policy: &mut Policy, defect: Defect, event: Event, actions: &mut Vec<Action>, now: Instant) {
+/// Actions too many.
+fn spoil_actions(policy: &mut Policy, defect: Defect, event: &Event, actions: &mut Vec<Action>, now: Instant) {
     let mut begin = |index: u16| {
         policy.begin(usize::from(index), now);
         std::mem::take(&mut policy.actions)
     };
+    let scaled_down = |action: &Action| match action {
+        Action::Drain { slot, why: DrainReason::ScaleDown, .. } => Some(*slot),
+        _ => None,
+    };
     match (defect, event) {
         (Defect::TwoGenerations, Event::Ready { slot: 0, .. })
-        | (Defect::StartAfterStop, Event::Ended { slot: 0, how: End::Drained, .. }) => {
+        | (Defect::StartAfterStop, Event::Ended { slot: 0, how: End::Drained, .. })
+        | (Defect::GoOnAfterHandOver, Event::SuccessorReady { .. }) => {
             actions.extend(begin(0));
+        }
+        (Defect::StartDuringDrain, _) => {
+            let slot = actions.iter().find_map(scaled_down);
+            actions.extend(slot.map(begin).unwrap_or_default());
         }
         (Defect::StartQuarantined, _) => {
             let quarantined = actions.iter().find_map(|action| match action {
@@ -113,13 +184,42 @@ fn spoil_actions(policy: &mut Policy, defect: Defect, event: Event, actions: &mu
         (Defect::ExitTwice, _) if matches!(actions.last(), Some(Action::Exit(_))) => {
             actions.extend(actions.last().cloned());
         }
+        (Defect::DrainBeforeTable, _) => actions.sort_by_key(|action| scaled_down(action).is_none()),
         _ => {}
     }
-    let mut tables = policy.slots.len();
+}
+
+/// Actions too few, and other ones.
+fn change_actions(policy: &Policy, defect: Defect, actions: &mut Vec<Action>) {
+    let slots = policy.slots.len();
+    let mut tables = slots;
     actions.retain_mut(|action| match (defect, action) {
         (Defect::DropExit, Action::Exit(_))
         | (Defect::ForgetReadiness, Action::Readiness(_))
-        | (Defect::ForgetJoin, Action::Join { .. }) => false,
+        | (Defect::ForgetJoin, Action::Join { .. })
+        | (Defect::NoScaleAnswer, Action::ScaleAnswer(Err(_)))
+        | (Defect::NoUpgradeAnswer, Action::UpgradeAnswer(Err(UpgradeRefusal::TimedOut)))
+        | (Defect::ForgetKill, Action::KillSuccessor { .. })
+        | (Defect::NoReattach, Action::Reattach)
+        | (Defect::KeepListeners, Action::CloseListeners) => false,
+        (Defect::RescueInStop, Action::Rescue(rescue)) => !rescue.is_empty() || policy.phase.serves(),
+        (Defect::RescueHealthy, Action::Rescue(rescue)) => {
+            *rescue = (0..slots as u16).collect();
+            true
+        }
+        (Defect::ForgetRescue, Action::Rescue(rescue)) => {
+            rescue.pop();
+            true
+        }
+        (Defect::KeepStalledInTable, Action::SetActive(active)) => {
+            let ill = policy.slots.iter().filter(|s| matches!(s.state, State::Ready { .. })).map(|s| s.index);
+            *active = ill.collect();
+            true
+        }
+        (Defect::ScalePastMax, Action::Target { count, .. }) => {
+            *count += slots as u16;
+            true
+        }
         (Defect::KeepDeadInTable, Action::SetActive(active)) => {
             tables -= active.len();
             tables == 0

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::{LATE_TICK, RestartPolicy, STOP_GRACE};
+use super::{Config, LATE_TICK, RestartPolicy};
 
 /// A slot, for display and metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,6 @@ pub struct SlotStatus {
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(not(test), expect(dead_code, reason = "stalls are not told apart yet"))]
 pub enum SlotState {
     /// Spare: nothing has been started, or it was scaled down.
     Idle,
@@ -56,6 +55,10 @@ pub(super) struct Slot {
     pub(super) thread: u32,
     pub(super) holds: Thread,
     pub(super) state: State,
+    /// Whether it is to have an executor.
+    pub(super) wanted: bool,
+    /// Executors that hung and were given up; their threads are still there.
+    pub(super) leaked: Vec<Leaked>,
     /// Failures without a healthy generation in between.
     pub(super) in_a_row: u32,
     /// When the latest failures were, at most `quarantine_after` of them.
@@ -75,12 +78,50 @@ pub(super) enum Thread {
 pub(super) enum State {
     Idle,
     Starting(Limit),
-    Ready { since: Instant },
-    Draining,
-    Stopping(Limit),
-    Backoff { until: Instant },
+    Ready {
+        since: Instant,
+        health: Health,
+    },
+    /// With a limit of its own when the slot is scaled down; a drain of all slots ends by the phase's.
+    Draining {
+        limit: Option<Limit>,
+    },
+    /// `retired`: because the slot was no longer wanted, and not because its generation has failed.
+    Stopping {
+        limit: Limit,
+        retired: bool,
+    },
+    Backoff {
+        until: Instant,
+    },
     Quarantined,
     Ended,
+}
+
+/// Whether a generation that serves gets on with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    Well,
+    /// Since `at`. It counts against readiness from `unready`, and does so already without; `hang` is when its turn is held
+    /// to have no end.
+    Stalled {
+        at: Instant,
+        unready: Option<Limit>,
+        hang: Option<Limit>,
+    },
+    /// Since `at`, with what was left of those times when its thread last got CPU.
+    Starved {
+        at: Instant,
+        unready: Option<Duration>,
+        hang: Option<Duration>,
+    },
+}
+
+/// An executor that was given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Leaked {
+    pub(super) generation: u32,
+    pub(super) thread: u32,
 }
 
 /// The time by which an executor must have answered.
@@ -103,6 +144,8 @@ impl Slot {
             thread: 0,
             holds: Thread::None,
             state: State::Idle,
+            wanted: false,
+            leaked: Vec::new(),
             in_a_row: 0,
             recent: VecDeque::new(),
         }
@@ -110,10 +153,15 @@ impl Slot {
 
     /// Enters a failure of the live generation, and says what is to become of the slot.
     pub(super) fn fail(&mut self, policy: &RestartPolicy, random: &mut Random, now: Instant) -> Verdict {
-        if let State::Ready { since } = self.state
-            && now.saturating_duration_since(since) >= policy.healthy_after
-        {
-            self.in_a_row = 0;
+        if let State::Ready { since, health } = self.state {
+            // What it spent in one turn was no health.
+            let well_until = match health {
+                Health::Well => now,
+                Health::Stalled { at, .. } | Health::Starved { at, .. } => at,
+            };
+            if well_until.saturating_duration_since(since) >= policy.healthy_after {
+                self.in_a_row = 0;
+            }
         }
         self.in_a_row = self.in_a_row.saturating_add(1);
         if self.is_crash_loop(policy, now) {
@@ -134,13 +182,21 @@ impl Slot {
         self.recent.len() as u64 >= u64::from(policy.quarantine_after)
     }
 
+    /// Threads that were left behind here.
+    pub(super) fn abandoned(&self) -> u16 {
+        let leaked = u16::try_from(self.leaked.len()).unwrap_or(u16::MAX);
+        leaked.saturating_add(u16::from(self.holds == Thread::Abandoned))
+    }
+
     pub(super) fn status(&self) -> SlotStatus {
         let (state, restart_at) = match self.state {
             State::Idle => (SlotState::Idle, None),
             State::Starting(_) => (SlotState::Starting, None),
-            State::Ready { .. } => (SlotState::Ready, None),
-            State::Draining => (SlotState::Draining, None),
-            State::Stopping(_) => (SlotState::Stopping, None),
+            State::Ready { health: Health::Well, .. } => (SlotState::Ready, None),
+            State::Ready { health: Health::Stalled { .. }, .. } => (SlotState::Stalled, None),
+            State::Ready { health: Health::Starved { .. }, .. } => (SlotState::Starved, None),
+            State::Draining { .. } => (SlotState::Draining, None),
+            State::Stopping { .. } => (SlotState::Stopping, None),
             State::Backoff { until } => (SlotState::Backoff, Some(until)),
             State::Quarantined => (SlotState::Quarantined, None),
             State::Ended => (SlotState::Ended, None),
@@ -151,8 +207,8 @@ impl Slot {
             state,
             failures: self.in_a_row,
             restart_at,
-            abandoned: u16::from(self.holds == Thread::Abandoned),
-            wanted: true,
+            abandoned: self.abandoned(),
+            wanted: self.wanted,
         }
     }
 }
@@ -161,26 +217,60 @@ impl State {
     /// Whether a generation is in the slot.
     pub(super) fn is_live(&self) -> bool {
         match self {
-            Self::Starting(_) | Self::Ready { .. } | Self::Draining | Self::Stopping(_) => true,
+            Self::Starting(_) | Self::Ready { .. } | Self::Draining { .. } | Self::Stopping { .. } => true,
             Self::Idle | Self::Backoff { .. } | Self::Quarantined | Self::Ended => false,
         }
     }
 
-    pub(super) fn deadline(&self) -> Option<Instant> {
+    /// Whether new connections are in good hands.
+    pub(super) fn is_active(&self) -> bool {
+        matches!(self, Self::Ready { health: Health::Well, .. })
+    }
+
+    /// When a tick is due. How long a stall may last matters while the server `serves`, and no longer in a drain.
+    pub(super) fn deadline(&self, serves: bool) -> Option<Instant> {
         match self {
-            Self::Starting(limit) | Self::Stopping(limit) => Some(limit.at),
+            Self::Starting(limit) | Self::Stopping { limit, .. } => Some(limit.at),
+            Self::Draining { limit } => limit.map(|limit| limit.at),
             Self::Backoff { until } => Some(*until),
+            Self::Ready { health: Health::Stalled { unready, hang, .. }, .. } if serves => {
+                unready.iter().chain(hang).map(|limit| limit.at).min()
+            }
             _ => None,
         }
     }
+}
 
-    /// Whether the state's deadline has passed, and no extension was due to it.
-    pub(super) fn strikes(&mut self, now: Instant, start_timeout: Duration) -> bool {
+impl Health {
+    /// One that has just been found busy for too long, with all of its patience left.
+    pub(super) fn starved(config: &Config, now: Instant) -> Self {
+        let left = |limit: Duration| limit.saturating_sub(config.stall_limit);
+        Self::Starved {
+            at: now,
+            unready: Some(left(config.stalled_not_ready_after)),
+            hang: config.hang_limit().map(left),
+        }
+    }
+
+    /// From starved to stalled: the clocks run.
+    pub(super) fn run(self, now: Instant) -> Self {
         match self {
-            Self::Backoff { until } => *until <= now,
-            Self::Starting(limit) => limit.strikes(now, start_timeout),
-            Self::Stopping(limit) => limit.strikes(now, STOP_GRACE),
-            _ => false,
+            Self::Starved { at, unready, hang } => {
+                let limit = |left| Limit::new(now, left);
+                Self::Stalled { at, unready: unready.map(limit), hang: hang.map(limit) }
+            }
+            other => other,
+        }
+    }
+
+    /// From stalled to starved: the clocks stand still.
+    pub(super) fn pause(self, now: Instant) -> Self {
+        match self {
+            Self::Stalled { at, unready, hang } => {
+                let left = |limit: Limit| limit.at.saturating_duration_since(now);
+                Self::Starved { at, unready: unready.map(left), hang: hang.map(left) }
+            }
+            other => other,
         }
     }
 }
@@ -192,7 +282,7 @@ impl Limit {
 
     /// Whether the time is up. Found out much too late, it is granted once more instead: see
     /// [`LATE_TICK`].
-    fn strikes(&mut self, now: Instant, allowed: Duration) -> bool {
+    pub(super) fn strikes(&mut self, now: Instant, allowed: Duration) -> bool {
         if now < self.at {
             return false;
         }
