@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use ringleader::{Body, Request, Response, Stop, service_fn};
+use ringleader::{Body, ExecutorState, Request, Response, Stop, service_fn};
 
 use crate::support::{BOUND, Client, Gate, Site, echo, eventually, expect_refusal, local, settle};
 
@@ -129,6 +129,7 @@ fn clients_in_the_kernels_queue_are_answered_by_the_drain() {
     let mut queued: Vec<Client> = (0..200).map(|_| site.connect()).collect();
     queued.iter_mut().for_each(|client| client.ask("/"));
     let exit = site.stop(Stop::Drain(BOUND));
+    eventually("the drain is ordered", || site.stats().executors[0].state == ExecutorState::Draining);
     release.send(()).expect("the handler waits");
     for client in &mut queued {
         let answer = client.answer();
