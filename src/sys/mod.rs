@@ -17,3 +17,5 @@ pub mod poll;
 pub mod probe;
 pub mod procfs;
 pub mod socket;
+#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog to come"))]
+pub mod stack_sample;
