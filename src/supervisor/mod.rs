@@ -2,6 +2,7 @@
 //! signals, heartbeats) into events for the pure [`policy`], and carries out the actions that come back. It decides
 //! nothing itself.
 
+mod backtrace;
 mod exit;
 mod load;
 pub(crate) mod policy;

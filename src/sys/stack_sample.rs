@@ -235,12 +235,8 @@ extern "C" fn answer(_signal: libc::c_int, _info: *mut libc::siginfo_t, context:
     // SAFETY: takes no memory; it is one system call.
     let tid = unsafe { libc::gettid() };
     // Not asked: somebody else's signal, or the request has been withdrawn.
-    let mine = DESK.state.compare_exchange(
-        state(tid, ASKED),
-        state(tid, ANSWERING),
-        Ordering::Acquire,
-        Ordering::Relaxed,
-    );
+    let mine =
+        DESK.state.compare_exchange(state(tid, ASKED), state(tid, ANSWERING), Ordering::Acquire, Ordering::Relaxed);
     if mine.is_ok() {
         // SAFETY: the kernel hands an SA_SIGINFO handler the interrupted context.
         let registers = unsafe { arch::registers(context.cast()) };
