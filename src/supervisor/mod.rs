@@ -10,6 +10,7 @@ pub(crate) mod post;
 mod rescue;
 mod signals;
 mod steer;
+mod watch;
 mod watchdog;
 mod words;
 

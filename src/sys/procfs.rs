@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
+use std::time::Duration;
 
 /// A process that holds a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +75,47 @@ pub fn cbpf_replacement_is_safe(release: &str) -> Option<bool> {
         _ => return None,
     };
     Some(patch >= fixed_in)
+}
+
+/// What the kernel says about a thread's use of CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheduling {
+    pub state: ThreadState,
+    /// Time it was ready to run and waited for a CPU, since its start; a wait counts when it is over. `None` where the
+    /// kernel is built without `CONFIG_SCHED_INFO`.
+    pub run_delay: Option<Duration>,
+}
+
+/// What a thread is doing at this instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadState {
+    /// Runs, or waits for a CPU to run on.
+    Runnable,
+    /// Waits in the kernel for something else.
+    Blocked,
+    /// By a signal or a debugger.
+    Stopped,
+    /// Ending.
+    Other,
+}
+
+/// Scheduling of the thread with this number, of this process; `None` when it has ended or `/proc` does not tell.
+pub fn scheduling(thread: i32) -> Option<Scheduling> {
+    let read = |file: &str| fs::read_to_string(format!("/proc/self/task/{thread}/{file}")).ok();
+    let state = thread_state(&read("stat")?)?;
+    let run_delay = read("schedstat").and_then(|text| text.split(' ').nth(1)?.parse().ok().map(Duration::from_nanos));
+    Some(Scheduling { state, run_delay })
+}
+
+/// From the text of a `stat`: the field after the name, which is in parentheses and may contain some itself.
+fn thread_state(stat: &str) -> Option<ThreadState> {
+    let (_, fields) = stat.rsplit_once(") ")?;
+    Some(match fields.chars().next()? {
+        'R' => ThreadState::Runnable,
+        'S' | 'D' | 'I' => ThreadState::Blocked,
+        'T' | 't' => ThreadState::Stopped,
+        _ => ThreadState::Other,
+    })
 }
 
 /// Inodes of the listeners in the text of /proc/net/tcp or tcp6 that overlap with `addr`.
@@ -216,6 +258,19 @@ mod tests {
         ] {
             assert_eq!(cbpf_replacement_is_safe(release), expected, "{release}");
         }
+    }
+
+    #[test]
+    fn a_threads_state_is_the_field_after_its_name() {
+        assert_eq!(thread_state("12 (name) S 1 12"), Some(ThreadState::Blocked));
+        assert_eq!(thread_state("12 (a) R (b) t 1 12"), Some(ThreadState::Stopped));
+        assert_eq!(thread_state("12 (name) Z 1"), Some(ThreadState::Other));
+        assert_eq!(thread_state("12 (name"), None);
+        assert_eq!(thread_state(""), None);
+        // SAFETY: takes no memory.
+        let own = scheduling(unsafe { libc::gettid() }).unwrap();
+        assert_eq!(own.state, ThreadState::Runnable);
+        assert_eq!(scheduling(0), None);
     }
 
     #[test]
