@@ -164,6 +164,7 @@ pub struct Builder {
     user_timeout: Option<Duration>,
     share_port: bool,
     stop_on_signals: bool,
+    stall_backtraces: bool,
     http: HttpLimits,
     overload: Overload,
 }
@@ -212,6 +213,7 @@ impl Builder {
             user_timeout: Some(Duration::from_secs(180)),
             share_port: false,
             stop_on_signals: false,
+            stall_backtraces: false,
             http: HttpLimits::default(),
             overload: Overload::default(),
         }
@@ -351,6 +353,16 @@ impl Builder {
     /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
     pub fn stop_on_signals(mut self) -> Self {
         self.stop_on_signals = true;
+        self
+    }
+
+    /// Logs what a stalled executor is doing: the backtrace of its thread. Default: off.
+    ///
+    /// Takes the highest real-time signal that has no handler, for as long as the server runs. When an executor stalls, its
+    /// thread gets this signal once; system calls that Linux never restarts (signal(7): `poll`, `nanosleep`) then return
+    /// EINTR. On x86-64 and aarch64.
+    pub fn stall_backtraces(mut self, log: bool) -> Self {
+        self.stall_backtraces = log;
         self
     }
 
@@ -562,7 +574,13 @@ impl Builder {
         }
         // Passing an executor over costs nothing, so it is done sooner than anything else is made of a long turn.
         let stale_after = STALE_AFTER.min(policy.stall_limit);
-        supervisor::Supervision { name: self.name.clone(), policy, stale_after, stop_on_signals: self.stop_on_signals }
+        supervisor::Supervision {
+            name: self.name.clone(),
+            policy,
+            stale_after,
+            stop_on_signals: self.stop_on_signals,
+            stall_backtraces: self.stall_backtraces,
+        }
     }
 }
 

@@ -34,7 +34,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "sys",
         ],
     ),
-    ("supervisor", &["root", "error", "executor", "handle", "order", "steering"]),
+    ("supervisor", &["root", "error", "executor", "handle", "order", "steering", "sys"]),
     ("handle", &["root", "executor", "order", "shard", "supervisor"]),
     ("shard", &["root", "executor", "handle", "protocol", "sys", "time"]),
     ("protocol", &["root", "body", "executor", "net", "server", "service", "settings", "time"]),

@@ -208,6 +208,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     restart.backoff_base = Duration::from_millis(arguments.restart_delay);
     let mut builder = Server::builder()
         .stop_on_signals()
+        .stall_backtraces(true)
         .backlog(arguments.backlog)
         .drain_timeout(Duration::from_secs_f64(arguments.drain_timeout))
         .drain_delay(Duration::from_secs_f64(arguments.drain_delay))

@@ -21,6 +21,7 @@ use crate::settings::Settings;
 use crate::sys::cpu_clock::ThreadClock;
 use crate::sys::eventfd::EventFd;
 use crate::sys::heartbeats::Heartbeat;
+use crate::sys::stack_sample::ThreadId;
 
 /// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
 const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
@@ -45,6 +46,23 @@ pub(crate) enum Report {
 /// Where reports go; called on the slot's thread.
 pub(crate) type Reports = Arc<dyn Fn(Report) + Send + Sync>;
 
+/// What is known of a slot's thread from outside.
+#[derive(Clone)]
+struct Occupant {
+    clock: ThreadClock,
+    thread: ThreadId,
+}
+
+impl Occupant {
+    /// `None` if the system does not tell: then a stall of the thread is not noticed.
+    fn current() -> Option<Self> {
+        let of_thread = || Ok(Self { clock: ThreadClock::current()?, thread: ThreadId::current()? });
+        of_thread()
+            .inspect_err(|error: &std::io::Error| tracing::warn!(%error, "stalls of an executor will not be noticed"))
+            .ok()
+    }
+}
+
 /// What is permanent about a slot. Shared by the supervisor and the slot's thread.
 pub(crate) struct SlotSeat {
     pub slot: u16,
@@ -57,8 +75,8 @@ pub(crate) struct SlotSeat {
     /// The open sockets of its executor.
     pub sockets: Arc<Registry>,
     pub reports: Reports,
-    /// The CPU clock of the thread that lives here, once it does.
-    clock: Mutex<Option<ThreadClock>>,
+    /// The thread that lives here, once it does.
+    occupant: Mutex<Option<Occupant>>,
     /// Closed when the last of supervisor and generation lets go, which is after a drain has begun.
     listeners: Mutex<Option<Arc<Vec<Listener>>>>,
 }
@@ -83,7 +101,7 @@ impl SlotSeat {
             heartbeat,
             sockets: Arc::default(),
             reports,
-            clock: Mutex::new(None),
+            occupant: Mutex::new(None),
             listeners: Mutex::new(Some(Arc::new(listeners))),
         }))
     }
@@ -104,19 +122,27 @@ impl SlotSeat {
             heartbeat: self.heartbeat.clone(),
             sockets: Arc::default(),
             reports: Arc::clone(&self.reports),
-            clock: Mutex::new(None),
+            occupant: Mutex::new(None),
             listeners: Mutex::new(self.listeners()),
         }))
     }
 
     /// CPU time used by the thread that lives here; `None` when there is none.
     pub(crate) fn cpu_time(&self) -> Option<Duration> {
-        let clock = *self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        clock.and_then(|clock| clock.read().ok())
+        self.occupant().and_then(|occupant| occupant.clock.read().ok())
     }
 
-    fn occupy(&self, clock: Option<ThreadClock>) {
-        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = clock;
+    /// The thread that lives here, to be sampled; `None` when there is none.
+    pub(crate) fn thread(&self) -> Option<ThreadId> {
+        self.occupant().map(|occupant| occupant.thread)
+    }
+
+    fn occupant(&self) -> Option<Occupant> {
+        self.occupant.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn occupy(&self, occupant: Option<Occupant>) {
+        *self.occupant.lock().unwrap_or_else(PoisonError::into_inner) = occupant;
     }
 
     /// The slot's listeners, until the server stops.
@@ -146,8 +172,7 @@ pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<JoinHan
     let name = format!("{}-{}", seat.settings.name, seat.slot);
     std::thread::Builder::new().name(name).spawn(move || {
         let _guard = ThreadGuard(Arc::clone(&seat), thread);
-        // Without a clock a starved executor is taken for a stalled one.
-        seat.occupy(ThreadClock::current().ok());
+        seat.occupy(Occupant::current());
         execute(&seat);
     })
 }

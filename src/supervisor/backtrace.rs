@@ -7,6 +7,9 @@
 mod images;
 
 use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use framehop::FrameAddress;
@@ -15,7 +18,7 @@ use crate::sys::stack_sample::{SampleError, Sampler, StackSample, ThreadId};
 use images::{Image, Loaded, SymbolsOf};
 
 /// How long a thread is given to answer. One that runs answers in microseconds; one that has not after this has no CPU.
-pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_millis(200);
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Lines in the log; what is further out is counted.
 const LINES_MAX: usize = 40;
@@ -26,14 +29,57 @@ const FRAMES_MAX: usize = 256;
 /// Characters of a function's name: those of generic ones run to thousands.
 const NAME_CHARACTERS_MAX: usize = 160;
 
+/// Puts into the log what stalled threads are doing. One at a time, from a thread of its own: the supervisor has better
+/// things to do during a stall than to read debug information.
+pub(super) struct Reporter {
+    sampler: Arc<Sampler>,
+    /// The last report's; joined before the signal is given back.
+    at_work: Option<JoinHandle<()>>,
+}
+
+impl Reporter {
+    /// # Errors
+    /// As [`Sampler::install`].
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { sampler: Arc::new(Sampler::install()?), at_work: None })
+    }
+
+    /// Reports on the thread of this slot, unless a report is still being made: then this stall has none.
+    pub(super) fn report(&mut self, slot: u16, generation: u32, thread: ThreadId) {
+        if self.at_work.as_ref().is_some_and(|report| !report.is_finished()) {
+            tracing::info!(slot, generation, "no backtrace of this one: another is being made");
+            return;
+        }
+        let sampler = Arc::clone(&self.sampler);
+        let report = move || match of_thread(&sampler, &thread) {
+            Ok(backtrace) => {
+                tracing::warn!(slot, generation, "what the stalled executor is doing, innermost first:\n{backtrace}");
+            }
+            Err(error) => tracing::warn!(slot, generation, %error, "no backtrace of the stalled executor"),
+        };
+        match std::thread::Builder::new().name("stall-report".to_owned()).spawn(report) {
+            Ok(report) => self.at_work = Some(report),
+            Err(error) => tracing::warn!(slot, generation, %error, "no thread to make a backtrace in"),
+        }
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        if let Some(report) = self.at_work.take() {
+            let _ = report.join();
+        }
+    }
+}
+
 /// Samples `thread`, and says what it was doing, or why that cannot be told.
-pub(crate) fn of_thread(sampler: &Sampler, thread: &ThreadId) -> Result<Backtrace, SampleError> {
+fn of_thread(sampler: &Sampler, thread: &ThreadId) -> Result<Backtrace, SampleError> {
     sampler.sample(thread, ANSWER_TIMEOUT).map(|sample| Backtrace::of(&sample))
 }
 
 /// What a thread was in the middle of, the innermost function first.
 #[derive(Debug)]
-pub(crate) struct Backtrace {
+struct Backtrace {
     frames: Vec<Frame>,
     /// Why the outermost frame is not the thread's beginning.
     incomplete: Option<String>,
@@ -61,7 +107,7 @@ struct Location {
 
 impl Backtrace {
     /// Unwinds the sample and gives names to what it finds. Never fails: what cannot be read is missing.
-    pub(crate) fn of(sample: &StackSample) -> Self {
+    fn of(sample: &StackSample) -> Self {
         let loaded = match Loaded::all() {
             Ok(loaded) => loaded,
             Err(error) => {

@@ -47,6 +47,8 @@ pub(crate) struct Supervision {
     /// How long a turn may take until a steering program that can looks for another executor.
     pub stale_after: Duration,
     pub stop_on_signals: bool,
+    /// Whether the log says what a stalled executor is doing, which takes a signal.
+    pub stall_backtraces: bool,
 }
 
 struct Supervisor {
@@ -94,7 +96,7 @@ pub(crate) fn start(
     let period = supervision.policy.scaling.period;
     let sampling = || Sampling { sampler: load::Sampler::default(), period, next: Instant::now() + period };
     let supervisor = Supervisor {
-        watchdog: Watchdog::new(supervision.policy.stall_limit),
+        watchdog: Watchdog::new(supervision.policy.stall_limit, supervision.stall_backtraces),
         scaling: scaled.then(sampling),
         policy: Policy::new(supervision.policy, seats.len() as u16, seed),
         name: supervision.name.clone(),

@@ -5,25 +5,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::backtrace::Reporter;
 use super::policy::{Event, SlotState, SlotStatus};
+use super::watch::{Reading, Verdict, Watch};
 use crate::executor::slot::SlotSeat;
-
-/// How often a stalled executor is looked at, to notice that it has come back.
-const RECOVERY_LOOK: Duration = Duration::from_millis(10);
+use crate::sys::procfs;
 
 /// Looks at the heartbeat of every executor that serves.
 pub(super) struct Watchdog {
     limit: Duration,
-    watches: HashMap<u16, Watch>,
+    watches: HashMap<u16, (Watch, Told)>,
     next: Option<Instant>,
-}
-
-/// What is known of one executor.
-#[derive(Default)]
-struct Watch {
-    /// CPU time of its thread when it was last seen in good health.
-    cpu_time: Duration,
-    told: Told,
+    /// `None` if it was not asked for, or cannot be.
+    reporter: Option<Reporter>,
 }
 
 /// What the policy has been told.
@@ -36,12 +30,15 @@ enum Told {
 }
 
 impl Watchdog {
-    /// Turns of up to `limit` are in order.
-    pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, watches: HashMap::new(), next: None }
+    /// Turns of up to `limit` are in order. With `backtraces`, the log says what a stalled executor is doing.
+    pub(super) fn new(limit: Duration, backtraces: bool) -> Self {
+        let reporter = backtraces.then(Reporter::new).and_then(|reporter| {
+            reporter.inspect_err(|error| tracing::warn!(%error, "no backtraces of stalled executors")).ok()
+        });
+        Self { limit, watches: HashMap::new(), next: None, reporter }
     }
 
-    /// When to look again: as soon as what is busy now would be stalled.
+    /// When to look again.
     pub(super) fn next_look(&self) -> Option<Instant> {
         self.next
     }
@@ -79,35 +76,42 @@ impl Watchdog {
     /// What there is to tell of one executor, and when to look at it again.
     fn look_at(&mut self, seat: &SlotSeat, status: SlotStatus, now: Instant) -> (Option<Event>, Instant) {
         let (slot, generation) = (status.slot, status.generation);
-        let watch = self.watches.entry(slot).or_default();
-        let cpu_time = seat.cpu_time().unwrap_or_default();
-        let busy = seat.heartbeat.busy_for(now).unwrap_or_default();
-        let before = watch.told;
-        if busy < self.limit {
-            watch.cpu_time = cpu_time;
-            watch.told = Told::Healthy;
-            let event = (before != Told::Healthy).then(|| {
+        let (watch, told) = self.watches.entry(slot).or_insert_with(|| (Watch::new(self.limit), Told::Healthy));
+        // Without a thread there is nobody to be late.
+        let (Some(thread), Some(cpu)) = (seat.thread(), seat.cpu_time()) else { return (None, now + self.limit) };
+        let reading = Reading { now, busy: seat.heartbeat.busy_for(now), cpu };
+        let verdict = watch.look(reading, || procfs::scheduling(thread.number()));
+        let again = watch.next_look(now);
+        let before = *told;
+        *told = match verdict {
+            // The verdict on a turn that was late stays until its end.
+            Verdict::Healthy => before,
+            Verdict::Recovered { .. } => Told::Healthy,
+            Verdict::Stalled { .. } => Told::Stalled,
+            Verdict::Starved { .. } => Told::Starved,
+        };
+        if *told == before {
+            return (None, again);
+        }
+        let event = match verdict {
+            Verdict::Healthy | Verdict::Recovered { .. } => {
                 tracing::info!(slot, generation, "the executor has come back");
                 Event::Recovered { slot, generation }
-            });
-            return (event, now + (self.limit - busy));
-        }
-        // The turn began after the last look that found it in good health.
-        let used = cpu_time.saturating_sub(watch.cpu_time);
-        watch.told = if used >= busy / 2 { Told::Stalled } else { Told::Starved };
-        let busy_ms = busy.as_millis() as u64;
-        let event = match watch.told {
-            told if told == before => None,
-            Told::Stalled => {
+            }
+            Verdict::Stalled { own } => {
+                let busy_ms = own.as_millis() as u64;
                 tracing::warn!(slot, generation, busy_ms, "an executor is stalled: new connections go elsewhere");
-                Some(Event::Stalled { slot, generation })
+                if let Some(reporter) = &mut self.reporter {
+                    reporter.report(slot, generation, thread);
+                }
+                Event::Stalled { slot, generation }
             }
-            Told::Starved => {
+            Verdict::Starved { busy } => {
+                let busy_ms = busy.as_millis() as u64;
                 tracing::warn!(slot, generation, busy_ms, "an executor gets no CPU: new connections go elsewhere");
-                Some(Event::Starved { slot, generation })
+                Event::Starved { slot, generation }
             }
-            Told::Healthy => unreachable!("it has just been found late"),
         };
-        (event, now + RECOVERY_LOOK.min(self.limit))
+        (Some(event), again)
     }
 }

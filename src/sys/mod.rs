@@ -1,7 +1,7 @@
 //! What the runtime asks of Linux directly: sockets, descriptors, CPUs, limits, clocks and `/proc`.
 //!
 //! The unsafe code of the crate lives here and in `net::ring`, each block with the reason why it is
-//! sound. Nothing here decides anything, keeps state or knows of executors; every function makes one
+//! sound. Nothing here decides anything, keeps state (but for the one signal handler of `stack_sample`) or knows of executors; every function makes one
 //! request and reports what the system answered.
 
 pub mod affinity;
@@ -17,5 +17,4 @@ pub mod poll;
 pub mod probe;
 pub mod procfs;
 pub mod socket;
-#[cfg_attr(not(test), expect(dead_code, reason = "for the watchdog to come"))]
 pub mod stack_sample;
