@@ -125,13 +125,15 @@ impl Supervisor {
         let mut events = VecDeque::from([Event::Start]);
         loop {
             while let Some(event) = events.pop_front() {
-                for action in self.policy.step(event, Instant::now()) {
+                let actions = self.policy.step(event, Instant::now());
+                // Before anybody is answered, who might look at once.
+                self.show();
+                for action in actions {
                     if let Action::Exit(outcome) = action {
                         return self.exit(outcome);
                     }
                     self.act(action);
                 }
-                self.show();
             }
             self.wait(inbox, &mut events);
         }
@@ -141,7 +143,13 @@ impl Supervisor {
     fn wait(&mut self, inbox: &PostBox, events: &mut VecDeque<Event>) {
         let again = self.rescue.is_blocked().then(|| Instant::now() + RESCUE_AGAIN);
         let sample = self.scaling.as_ref().map(|sampling| sampling.next);
-        let due = [self.policy.next_deadline(), again, sample, self.watchdog.next_look(), self.steer.next_refresh()];
+        let due = [
+            self.policy.next_deadline(),
+            again,
+            sample,
+            Some(self.watchdog.next_look().unwrap_or_else(Instant::now)),
+            self.steer.next_refresh(),
+        ];
         let timeout = due.into_iter().flatten().min().map(|due| due.saturating_duration_since(Instant::now()));
         let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
         let ready = wait_readable(&waited, timeout).unwrap_or_else(|error| {
@@ -279,7 +287,10 @@ impl Supervisor {
                 tracing::error!(slot, "an executor hangs: aborting, as the hang policy says");
                 std::process::abort();
             }
-            Action::SetActive(slots) => self.steer.set_active(slots, &self.seats),
+            Action::SetActive(slots) => {
+                self.steer.set_active(slots, &self.seats);
+                self.watchdog.look_soon();
+            }
             Action::Rescue(slots) => {
                 self.rescue.set(slots, &self.seats);
                 self.rescue();

@@ -39,7 +39,6 @@ pub use message::{
 };
 use scaling::Scaler;
 use slot::{Health, Limit, Random, Slot, State, Thread, Verdict};
-#[cfg_attr(not(test), expect(unused_imports, reason = "for the handle's view of the slots"))]
 pub use slot::{SlotState, SlotStatus};
 use upgrade::Upgrade;
 
@@ -190,7 +189,6 @@ impl Policy {
     }
 
     /// Every slot as it stands, in order.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the handle's view of the slots, and readiness checks"))]
     pub fn slots(&self) -> impl Iterator<Item = SlotStatus> + '_ {
         self.slots.iter().map(Slot::status)
     }

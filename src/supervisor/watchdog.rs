@@ -38,9 +38,14 @@ impl Watchdog {
         Self { limit, watches: HashMap::new(), next: None, reporter }
     }
 
-    /// When to look again.
+    /// When to look again; `None` is at once.
     pub(super) fn next_look(&self) -> Option<Instant> {
         self.next
+    }
+
+    /// Executors have begun to serve, or have ceased to: what is known of when to look is out of date.
+    pub(super) fn look_soon(&mut self) {
+        self.next = None;
     }
 
     /// Another thread is in the slot.
@@ -59,17 +64,19 @@ impl Watchdog {
         if !due {
             return Vec::new();
         }
-        self.next = None;
+        // While nobody serves there is nobody to be late.
+        let mut next = now + self.limit;
         let mut events = Vec::new();
         for status in slots {
             if matches!(status.state, SlotState::Ready | SlotState::Stalled | SlotState::Starved) {
                 let (event, again) = self.look_at(&seats[usize::from(status.slot)], status, now);
                 events.extend(event);
-                self.next = Some(self.next.map_or(again, |next| next.min(again)));
+                next = next.min(again);
             } else {
                 self.watches.remove(&status.slot);
             }
         }
+        self.next = Some(next);
         events
     }
 

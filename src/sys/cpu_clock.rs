@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 /// CPU time the calling thread has used since it started.
+#[cfg(test)]
 pub fn thread_cpu_time() -> Duration {
     // The kernel has had this clock since 2.6.12 and it takes no argument that could be wrong.
     read(libc::CLOCK_THREAD_CPUTIME_ID).unwrap_or_default()

@@ -1,5 +1,6 @@
 //! An executor whose handler does not give the thread back: who is served meanwhile, and by whom.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use crate::support::{BOUND, Client, Site, eventually, local, settle, spawn};
 
 /// What `/block` waits for, with its thread: this is the stall.
 #[derive(Clone, Default)]
-struct Block(Arc<(Mutex<bool>, Condvar)>);
+struct Block(Arc<(Mutex<bool>, Condvar)>, Arc<AtomicUsize>);
 
 impl Block {
     fn end(&self) {
@@ -18,6 +19,7 @@ impl Block {
     }
 
     fn wait(&self) {
+        self.1.fetch_add(1, Ordering::SeqCst);
         let ended = self.0.0.lock().expect("no handler panics");
         drop(self.0.1.wait_while(ended, |ended| !*ended).expect("no handler panics"));
     }
@@ -57,11 +59,14 @@ fn who(client: &mut Client) -> (usize, u64) {
     (executor.parse().expect("a number"), generation.parse().expect("a number"))
 }
 
-/// Blocks the executor of a new connection; that connection and the executor.
-fn block_one(site: &Site) -> (Client, usize) {
+/// Blocks the executor of a new connection; that connection and the executor. What the executor accepts from here on it
+/// accepts after the block.
+fn block_one(site: &Site, block: &Block) -> (Client, usize) {
     let mut victim = site.connect();
     let (executor, _) = who(&mut victim);
+    let before = block.1.load(Ordering::SeqCst);
     victim.ask("/block");
+    eventually("the handler blocks", || block.1.load(Ordering::SeqCst) > before);
     (victim, executor)
 }
 
@@ -76,7 +81,7 @@ fn is_set_aside(site: &Site, executor: usize) -> bool {
 #[test]
 fn nobody_waits_for_a_stalled_executor_who_has_not_met_it_before() {
     let (site, block) = site(local(3));
-    let (mut victim, executor) = block_one(&site);
+    let (mut victim, executor) = block_one(&site, &block);
     // Some of these are in the stalled executor's queue before anybody has noticed.
     let mut clients: Vec<Client> = (0..60).map(|_| site.connect()).collect();
     for client in &mut clients {
@@ -101,7 +106,7 @@ fn nobody_waits_for_a_stalled_executor_who_has_not_met_it_before() {
 #[test]
 fn connections_from_a_stalled_executors_queue_are_counted() {
     let (site, block) = site(local(2));
-    let (_victim, executor) = block_one(&site);
+    let (_victim, executor) = block_one(&site, &block);
     let mut clients: Vec<Client> = (0..40).map(|_| site.connect()).collect();
     clients.iter_mut().for_each(|client| assert_ne!(who(client).0, executor));
     let rescued: u64 = site.stats().executors.iter().map(|executor| executor.rescued).sum();
@@ -113,18 +118,10 @@ fn connections_from_a_stalled_executors_queue_are_counted() {
 #[test]
 fn a_server_of_which_most_executors_are_stalled_is_not_ready() {
     let (site, block) = site(local(2));
-    let (_one, first) = block_one(&site);
-    let _others: Vec<Client> = (0..64)
-        .map_while(|_| {
-            let mut client = site.connect();
-            is_set_aside(&site, first).then_some(())?;
-            client.ask("/block");
-            Some(client)
-        })
-        .collect();
+    let (_one, first) = block_one(&site, &block);
     eventually("one is stalled", || is_set_aside(&site, first));
-    let mut another = site.connect();
-    another.ask("/block");
+    let (_two, second) = block_one(&site, &block);
+    assert_ne!(first, second);
     eventually("both are stalled", || is_set_aside(&site, 0) && is_set_aside(&site, 1));
     eventually("it is not ready", || !site.stats().ready);
     block.end();
@@ -135,7 +132,7 @@ fn a_server_of_which_most_executors_are_stalled_is_not_ready() {
 fn a_hung_executor_is_replaced_and_its_clients_see_the_end() {
     let hang = Duration::from_millis(300);
     let (site, block) = site(local(2).hang(HangPolicy::Replace, Some(hang)));
-    let (mut victim, executor) = block_one(&site);
+    let (mut victim, executor) = block_one(&site, &block);
     victim.expect_end();
     eventually("another generation is in its place", || {
         let stats = site.stats();
@@ -159,7 +156,7 @@ fn a_hung_executor_is_replaced_and_its_clients_see_the_end() {
 fn a_hung_executor_that_is_not_to_be_replaced_is_waited_for() {
     let hang = Duration::from_millis(150);
     let (site, block) = site(local(2).hang(HangPolicy::Ignore, Some(hang)));
-    let (mut victim, executor) = block_one(&site);
+    let (mut victim, executor) = block_one(&site, &block);
     eventually("the stall is noticed", || is_set_aside(&site, executor));
     std::thread::sleep(2 * hang);
     assert_eq!(site.stats().executors[executor].generation, 1);

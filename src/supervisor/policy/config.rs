@@ -70,7 +70,6 @@ impl Config {
 
 /// What becomes of an executor that has been stalled for [`Config::hang_timeout`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(not(test), expect(dead_code, reason = "the builder does not offer the choice yet"))]
 pub enum HangPolicy {
     /// Its sockets are shut down, its thread is left behind, and another takes the slot.
     #[default]
