@@ -129,8 +129,8 @@ pub enum Action {
     /// This thread has nothing left to run, or has ended: tell it to return, and join it. May name a condemned or
     /// abandoned thread that came back after all.
     Join { slot: u16, thread: u32 },
-    /// This thread did not answer a stop: leave it behind. Should it come back before the exit, a `Join`
-    /// follows.
+    /// This thread did not answer a stop: leave it behind, and shut its sockets down from outside if that can be done, so
+    /// that no client waits for it. Should it come back before the exit, a `Join` follows.
     Abandon { slot: u16, thread: u32 },
     /// The executor hangs and is given up: shut its sockets down from outside (never close them), leave its thread behind
     /// and put a fresh seat into the slot. A `StartGeneration` with a fresh thread follows, now or after the backoff, or

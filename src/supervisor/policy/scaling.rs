@@ -21,6 +21,8 @@ pub(super) struct Sample {
     pub(super) active: u16,
     /// Connections that wait in their listen queues.
     pub(super) queue: u64,
+    /// The others that are wanted are quarantined, and nobody is down who will be back.
+    pub(super) settled: bool,
     /// One is on its way: its share of the load is not known yet, so nothing is added.
     pub(super) starting: bool,
 }
@@ -79,8 +81,10 @@ impl Scaler {
         }
         let step = config.step_down.max(1).min(bounds.target - bounds.min);
         // Nothing is taken away while somebody is down.
-        let fewer = step > 0 && sample.active == bounds.target;
-        count(&mut self.below, fewer && sample.total <= config.low.min(config.high) * f32::from(bounds.target - step));
+        let fewer = step > 0 && sample.settled;
+        // Those who are quarantined go first.
+        let rest = sample.active.min(bounds.target - step);
+        count(&mut self.below, fewer && sample.total <= config.low.min(config.high) * f32::from(rest));
         if !sample.starting {
             count(&mut self.above, sample.total > config.high * f32::from(sample.active));
         }

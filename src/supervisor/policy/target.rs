@@ -31,7 +31,10 @@ impl Policy {
         }
         let active =
             |load: &&SlotLoad| self.slots.get(usize::from(load.slot)).is_some_and(|slot| slot.state.is_active());
-        let mut sample = Sample { total: 0.0, active: 0, queue: 0, starting: self.slots.iter().any(Slot::is_coming) };
+        let here = |slot: &Slot| slot.state.is_active() || slot.state == State::Quarantined;
+        let settled = self.wanted().all(here);
+        let starting = self.slots.iter().any(Slot::is_coming);
+        let mut sample = Sample { total: 0.0, active: 0, queue: 0, settled, starting };
         for load in samples.iter().filter(active) {
             sample.total += load.utilisation.clamp(0.0, 1.0);
             sample.active += 1;

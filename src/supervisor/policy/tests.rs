@@ -761,3 +761,14 @@ fn a_stop_at_once_does_not_wait_for_the_delay() {
     let outcome = Outcome::Stopped { how: Stopped::Interrupted, handed_over: false, failed: 0, abandoned: 0 };
     assert_eq!(bench.ended(0, End::Stopped).last(), Some(&Action::Exit(outcome)));
 }
+
+#[test]
+fn a_quarantined_slot_is_the_first_to_go_and_does_not_keep_the_others() {
+    let config = Config { slots_min: 1, slots_start: 3, ..Config::default() };
+    let mut bench = Bench::started_with(3, config);
+    for _ in 0..5 {
+        bench.crash_and_return(0);
+    }
+    assert_eq!(bench.load(0.1, 0, 30)[..], [Action::Target { count: 2, why: TargetReason::Idle }]);
+    assert_eq!(bench.policy.active(), [1, 2]);
+}

@@ -135,7 +135,8 @@ impl Model {
             };
             let same = status.slot == index && status.generation == account.generation;
             rule("stale", fits && same, (status, account))?;
-            let joined = !(account.thread_dead && account.unjoined) && !account.leaks.iter().any(|leak| leak.back);
+            let back = account.leaks.iter().any(|leak| leak.back);
+            let joined = !(back || account.thread_dead && account.unjoined);
             rule("join", joined && usize::from(status.abandoned) == account.left_behind(), account)?;
             let out = account.quarantined || !self.serves();
             rule("quarantine", out || account.life != Life::None || !self.is_crash_loop(index), account)?;
