@@ -33,11 +33,11 @@ fn histories_keep_the_rules() {
         let told = Told(seed);
         let mut world = World::new(seed, None);
         if let Err(broken) = world.run() {
-            let log = world.log.join("\n");
-            panic!("{log}\nbroken rule: {} ({})", broken.rule, broken.detail);
+            let log = world.told();
+            panic!("{log}broken rule: {} ({})", broken.rule, broken.detail);
         }
         if !all {
-            println!("{}", world.log.join("\n"));
+            println!("{}", world.told());
         }
         for what in world.seen {
             *seen.entry(what).or_insert(0_u64) += 1;

@@ -76,7 +76,8 @@ pub(super) struct World {
     /// Reports under way, unordered.
     post: Vec<(Instant, Event)>,
     delivered: Vec<Event>,
-    pub(super) log: Vec<String>,
+    /// What happened when, and what was done about it.
+    log: Vec<(Duration, Event, Vec<Action>)>,
     pub(super) seen: Vec<&'static str>,
 }
 
@@ -140,6 +141,12 @@ impl World {
         Err(Broken::new("deadline", "a history without end".into()))
     }
 
+    /// The history so far, in words.
+    pub(super) fn told(&self) -> String {
+        let actions = |actions: &[Action]| actions.iter().map(|action| format!("\n    {action:?}")).collect::<String>();
+        self.log.iter().map(|(at, event, then)| format!("{at:?} {event:?}{}\n", actions(then))).collect()
+    }
+
     fn pass_time_until(&mut self, next: Instant) {
         let mut late = match self.dice.below(4) {
             0 => self.dice.up_to(Duration::from_millis(20)),
@@ -183,12 +190,10 @@ impl World {
         if matches!(event, Event::Ended { .. }) && self.model.is_lame_duck() {
             self.seen.push("crashed before the drain");
         }
-        let at = self.now - self.began;
-        self.log.push(format!("{at:?} {event:?}"));
         self.model.observe(&event);
-        let actions = defects::step(&mut self.policy, self.defect, event, self.now);
+        let actions = defects::step(&mut self.policy, self.defect, event.clone(), self.now);
+        self.log.push((self.now - self.began, event, actions.clone()));
         for action in actions {
-            self.log.push(format!("    {action:?}"));
             self.seen.extend(self.model.apply(&action)?);
             self.act(&action);
         }
