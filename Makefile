@@ -18,7 +18,7 @@ help:
 	@echo 'make test-asan    the tests of network, files and system calls under AddressSanitizer'
 	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
 	@echo 'make advisories   known defects of dependencies (with cargo-deny and the network)'
-	@echo 'make bench        micro benches: driver, inbox, timers'
+	@echo 'make bench        micro benches: driver, inbox, steering, timers'
 	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
 	@echo 'make proofs       long runs: soak, escapes, idle, spread, bodies, scale; which ones in PROOFS="..."; flags in PROOFS_ARGS'
 

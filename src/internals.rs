@@ -3,6 +3,7 @@
 #![allow(missing_docs, reason = "for the benches of this package only")]
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -12,6 +13,9 @@ use crate::executor::inbox::Inbox;
 use crate::net::driver::{Arrivals, Driver};
 use crate::net::ring::RingOptions;
 use crate::net::wheel;
+use crate::steering::{self, Kernel, Members, Realise, Share, Table};
+use crate::sys::bind::{ListenOptions, bind_group};
+use crate::sys::socket;
 
 /// The executor's driver, echoing on every connection.
 pub struct Echo {
@@ -127,5 +131,43 @@ impl Wheel {
 
     pub fn advance(&mut self, now: Instant, fire: impl FnMut(u32)) {
         self.0.advance(now, fire);
+    }
+}
+
+/// Listeners of one address on loopback, steered.
+pub struct Steered {
+    listeners: Vec<OwnedFd>,
+    table: Table,
+    // For the programs that read the heartbeats.
+    _kernel: Kernel,
+}
+
+impl Steered {
+    /// `None` without the privilege to load extended BPF, if that is asked for.
+    pub fn new(slots: u16, policy: &str, extended: bool) -> io::Result<Option<Self>> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listeners = bind_group(address, slots.into(), &ListenOptions::default()).map_err(io::Error::other)?;
+        let kernel = Kernel::probe(slots, if extended { Realise::Best } else { Realise::Classic });
+        let policy = steering::by_name(policy, 1).ok_or(io::ErrorKind::InvalidInput)?;
+        let members = vec![Members { listeners: &listeners, sockets: None }];
+        let table = Table::new(policy, slots, members, &kernel)?;
+        let as_asked = extended == (table.realisation() == "eBPF");
+        Ok(as_asked.then_some(Self { listeners, table, _kernel: kernel }))
+    }
+
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        socket::local_addr(self.listeners[0].as_fd())
+    }
+
+    /// Weights in the order of the slots.
+    pub fn set(&mut self, weights: impl Iterator<Item = u16>) -> io::Result<()> {
+        self.table.set((0..).zip(weights).map(|(slot, weight)| Share { slot, weight }))
+    }
+
+    /// Accepts and closes what is there.
+    pub fn empty(&self) {
+        for listener in &self.listeners {
+            while socket::accept(listener.as_fd()).is_ok() {}
+        }
     }
 }

@@ -425,7 +425,7 @@ impl Server {
         // Before the executors, who write their heartbeats into its memory.
         let kernel = Kernel::probe(cpus.len() as u16, Realise::Best);
         let groups = builder.bind(cpus.len(), &mut warnings)?;
-        let table = builder.table(&groups, cpus.len(), &kernel)?;
+        let table = builder.table(&groups, cpus.len(), &kernel, &mut warnings)?;
         let addresses = groups.iter().map(|group| group.address).collect();
         let settings = Arc::new(Settings {
             name: builder.name.clone(),
@@ -534,12 +534,6 @@ impl Builder {
                 self.backlog
             ));
         }
-        if procfs::cbpf_replacement_is_safe(&procfs::kernel_release()) == Some(false) {
-            warnings.push(format!(
-                "kernel {} can crash when a steering program is replaced under traffic (CVE-2026-52910): upgrade it",
-                procfs::kernel_release()
-            ));
-        }
         let mut groups = Vec::new();
         for listen in &self.listen {
             for address in listen.resolve()? {
@@ -552,7 +546,13 @@ impl Builder {
         Ok(groups)
     }
 
-    fn table(&self, groups: &[Group], executors: usize, kernel: &Kernel) -> Result<Table, Error> {
+    fn table(
+        &self,
+        groups: &[Group],
+        executors: usize,
+        kernel: &Kernel,
+        warnings: &mut Vec<String>,
+    ) -> Result<Table, Error> {
         let name = match self.steering {
             Steering::Random => "random",
             Steering::Hash => "hash",
@@ -561,8 +561,15 @@ impl Builder {
         let seed = std::process::id().wrapping_mul(0x9E37_79B9);
         let policy = steering::by_name(name, seed).expect("every variant of `Steering` names a policy");
         let members = groups.iter().map(|group| Members { listeners: &group.listeners, sockets: None }).collect();
-        Table::new(policy, executors as u16, members, kernel)
-            .map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))
+        let table = Table::new(policy, executors as u16, members, kernel)
+            .map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))?;
+        if table.replaces_programs() && procfs::cbpf_replacement_is_safe(&procfs::kernel_release()) == Some(false) {
+            warnings.push(format!(
+                "kernel {} can crash when a steering program is replaced under traffic (CVE-2026-52910): upgrade it",
+                procfs::kernel_release()
+            ));
+        }
+        Ok(table)
     }
 
     /// How to supervise `slots` slots.

@@ -15,7 +15,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // The command is a user of the public interface: it imports `ringleader`, which needs no row.
     ("cli", &[]),
     // For the benches of this package.
-    ("internals", &["executor", "net"]),
+    ("internals", &["executor", "net", "steering", "sys"]),
     (
         "server",
         &[

@@ -116,7 +116,10 @@ pub enum Realise {
     #[default]
     Best,
     /// Classic BPF.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no option of the builder asks for it yet"))]
+    #[cfg_attr(
+        not(any(test, feature = "internals")),
+        expect(dead_code, reason = "no option of the builder asks for it yet")
+    )]
     Classic,
 }
 
@@ -221,12 +224,19 @@ impl Table {
     }
 
     /// What steers: `eBPF` or `classic BPF`; `nothing` where there is one slot.
+    #[cfg_attr(not(any(test, feature = "internals")), expect(dead_code, reason = "for the start-up output to come"))]
     pub fn realisation(&self) -> &'static str {
         match self.way {
             _ if self.slots == 1 => "nothing",
             Way::Extended { .. } => "eBPF",
             Way::Classic { .. } => "classic BPF",
         }
+    }
+
+    /// Whether a change replaces a classic program, which kernels before 6.18.36, 6.12.94, 6.6.143 and 6.1.176 do not do
+    /// safely under traffic.
+    pub fn replaces_programs(&self) -> bool {
+        self.slots > 1 && matches!(self.way, Way::Classic { .. })
     }
 
     /// Why it is not eBPF, in words that fit behind "because".

@@ -23,7 +23,7 @@ fn spread(server: &Process, count: usize) -> HashMap<usize, usize> {
 
 #[test]
 fn four_executors_get_a_fair_share_each() {
-    for steering in ["random", "hash"] {
+    for steering in ["random", "hash", "least-loaded"] {
         let server = spawn(&[], &["--executors", "4", "--steering", steering]);
         let spread = spread(&server, 400);
         assert_eq!(spread.len(), 4, "{steering}: {spread:?}");
