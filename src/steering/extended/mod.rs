@@ -133,3 +133,34 @@ fn fill(array: &SocketArray, listeners: &[OwnedFd]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::heartbeats::Heartbeats;
+
+    #[test]
+    fn after_two_changes_no_place_that_a_late_program_could_read_holds_a_slot_of_before() {
+        let Ok((_heartbeats, map)) = Heartbeats::in_map(5) else { return eprintln!("skipped: bpf(2) is refused") };
+        let mut no_listeners = [Members { listeners: &[], sockets: None }];
+        let extended = Extended::load(Draw::Random, 5, &mut no_listeners, &map).unwrap();
+        let slots = |slots: &[u16]| slots.iter().map(|slot| Share { slot: *slot, weight: 1 }).collect::<Vec<_>>();
+        let in_force = || {
+            let header = extended.table[program::HEADER as usize].load(Ordering::Relaxed);
+            let first = program::ENTRIES as usize + (header >> 32) as usize;
+            let entries = extended.table[first..][..header as u32 as usize].iter();
+            entries.map(|entry| entry.load(Ordering::Relaxed) as u16).collect::<Vec<_>>()
+        };
+        for set in [&[0, 1, 2, 3, 4][..], &[4], &[2, 3]] {
+            extended.store(&slots(set));
+            assert_eq!(in_force(), set);
+        }
+        for place in &extended.table[program::ENTRIES as usize..] {
+            let entry = place.load(Ordering::Relaxed);
+            assert!([2, 3, 4].contains(&(entry as u16)) && [2, 3, 4].contains(&((entry >> 16) as u16)), "{entry:#x}");
+        }
+        // A third change does not touch what is in force until its last store.
+        extended.store(&slots(&[0]));
+        assert_eq!(in_force(), [0]);
+    }
+}
