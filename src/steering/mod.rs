@@ -224,7 +224,6 @@ impl Table {
     }
 
     /// What steers: `eBPF` or `classic BPF`; `nothing` where there is one slot.
-    #[cfg_attr(not(any(test, feature = "internals")), expect(dead_code, reason = "for the start-up output to come"))]
     pub fn realisation(&self) -> &'static str {
         match self.way {
             _ if self.slots == 1 => "nothing",

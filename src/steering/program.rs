@@ -126,7 +126,7 @@ fn runs(active: &[u16]) -> Vec<Range<usize>> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
 
     /// Runs the tail that [`choose`] writes, with `a` in A.
