@@ -190,3 +190,63 @@ fn samplers_of_two_servers_take_turns() {
     drop(release);
     worker.join().unwrap();
 }
+
+/// Runs this test alone in a process of its own, where nobody else holds a sampler. True in that process.
+fn alone(test: &str) -> bool {
+    const MARK: &str = "RINGLEADER_TEST_ALONE";
+    if std::env::var_os(MARK).is_some() {
+        return true;
+    }
+    let name = format!("sys::stack_sample::tests::{test}");
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = command.args(["--exact", &name, "--test-threads=1", "--nocapture"]).env(MARK, "1").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}");
+    false
+}
+
+fn handler(signal: libc::c_int) -> libc::sighandler_t {
+    action(signal).unwrap().sa_sigaction
+}
+
+#[test]
+fn the_signal_is_given_back_with_the_last_sampler_and_nobody_dies_of_one_that_was_under_way() {
+    if !alone("the_signal_is_given_back_with_the_last_sampler_and_nobody_dies_of_one_that_was_under_way") {
+        return;
+    }
+    let (first, second) = (Sampler::install().unwrap(), Sampler::install().unwrap());
+    let signal = first.signal;
+    drop(first);
+    assert_ne!(handler(signal), libc::SIG_DFL);
+    // SAFETY: `signals` is live and initialised by the first call.
+    let set = |how| unsafe {
+        let mut signals = MaybeUninit::uninit();
+        libc::sigfillset(signals.as_mut_ptr());
+        libc::pthread_sigmask(how, signals.as_ptr(), ptr::null_mut());
+    };
+    set(libc::SIG_BLOCK);
+    let refused = second.sample(&ThreadId::current().unwrap(), Duration::from_millis(1));
+    assert!(matches!(refused, Err(SampleError::NoAnswer { .. })), "{refused:?}");
+    drop(second);
+    assert_eq!(handler(signal), libc::SIG_DFL);
+    // The default action of the signal that is still pending would end the process here.
+    set(libc::SIG_UNBLOCK);
+}
+
+#[test]
+fn signals_that_others_use_are_left_alone() {
+    if !alone("signals_that_others_use_are_left_alone") {
+        return;
+    }
+    set_action(libc::SIGRTMAX(), libc::SIG_IGN).unwrap();
+    let sampler = Sampler::install().unwrap();
+    assert_eq!(sampler.signal, libc::SIGRTMAX() - 1);
+    // Somebody takes it over: it is theirs now.
+    set_action(sampler.signal, libc::SIG_IGN).unwrap();
+    drop(sampler);
+    assert_eq!(handler(libc::SIGRTMAX() - 1), libc::SIG_IGN);
+    for signal in libc::SIGRTMIN()..=libc::SIGRTMAX() {
+        set_action(signal, libc::SIG_IGN).unwrap();
+    }
+    assert_eq!(Sampler::install().unwrap_err().kind(), io::ErrorKind::AddrInUse);
+}
