@@ -46,8 +46,9 @@
 //! # Starting and stopping
 //! [`Server::run`] blocks until the end. [`Server::start`] gives an [`Order`], which is awaited on any async runtime or on
 //! none ([`Order::wait`]), and resolves when every executor accepts connections, or with the reason why one does not.
-//! [`Handle::stop`] drains or cuts off. The library installs no signal handler unless [`Builder::stop_on_signals`] or [`Builder::stall_backtraces`] asks for
-//! it, no panic hook and no log subscriber, has no global state that two servers would share, and never ends the process.
+//! [`Handle::stop`] drains or cuts off. The library installs no signal handler unless [`Builder::stop_on_signals`] or
+//! [`Builder::stall_backtraces`] asks for it, no panic hook and no log subscriber, has no global state that two servers
+//! would share, and never ends the process.
 //! A stopped server has joined its threads and closed its descriptors; one eventfd per executor is leaked by glommio 0.9.
 //!
 //! # When something goes wrong

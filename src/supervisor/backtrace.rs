@@ -53,7 +53,8 @@ impl Reporter {
         let sampler = Arc::clone(&self.sampler);
         let report = move || match of_thread(&sampler, &thread) {
             Ok(backtrace) => {
-                tracing::warn!(slot, generation, "what the stalled executor is doing, innermost first:\n{backtrace}");
+                let backtrace = format!("\n{backtrace}");
+                tracing::warn!(slot, generation, %backtrace, "what the stalled executor is doing");
             }
             Err(error) => tracing::warn!(slot, generation, %error, "no backtrace of the stalled executor"),
         };
@@ -129,8 +130,11 @@ impl Backtrace {
         if !names().any(|name| name.starts_with("std::")) {
             return &self.frames;
         }
-        let outer = self.frames.iter().rev().take_while(|frame| frame.is_runtime()).count();
-        match self.frames.len() - outer {
+        // What runs the executor is not all of the crates in `RUNTIME`.
+        let loop_of_ours = |frame: &Frame| frame.functions.iter().any(|function| function.path().starts_with(TURNS));
+        let inside = self.frames.iter().position(loop_of_ours).unwrap_or(self.frames.len());
+        let outer = self.frames[..inside].iter().rev().take_while(|frame| frame.is_runtime()).count();
+        match inside - outer {
             // The executor itself is what stalls.
             0 => &self.frames,
             kept => &self.frames[..kept],
@@ -186,6 +190,19 @@ fn frame<'i>(address: FrameAddress, images: &'i [Image<'i>], symbols: &mut Symbo
 /// What every executor's stack begins with.
 const RUNTIME: &[&str] = &["std::", "core::", "alloc::", "glommio::", "ringleader::executor::", "__rust_"];
 
+/// The loop that polls everything; there is nothing of a request further out.
+const TURNS: &str = "ringleader::executor::generation::Generation::turn";
+
+/// What is between any two frames of interest when a panic is to be caught or a future is in a box, and says nothing.
+const GLUE: &[&str] = &[
+    "core::ops::function::Fn",
+    "core::panic::unwind_safe::",
+    "core::pin::Pin<P>",
+    "std::panicking::catch_unwind",
+    "std::panic::catch_unwind",
+    "__rust_try",
+];
+
 impl Frame {
     fn nameless(address: u64, image: Option<&str>) -> Self {
         Self { place: format!("{}+{address:#x}", image.unwrap_or("?")), functions: Vec::new() }
@@ -202,7 +219,8 @@ impl Frame {
         if self.functions.is_empty() {
             return vec![self.place.clone()];
         }
-        self.functions.iter().map(Function::to_string).collect()
+        let says_something = |function: &&Function| !GLUE.iter().any(|glue| function.path().starts_with(glue));
+        self.functions.iter().filter(says_something).map(Function::to_string).collect()
     }
 }
 

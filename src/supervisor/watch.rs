@@ -101,10 +101,10 @@ impl Watch {
         }
     }
 
-    /// When the next look can change the verdict: twice in a turn before it is late, so that there is something to
-    /// compare with when it is; a tenth of the limit after a late one, to see it come back.
+    /// When the next look can change the verdict: at least a quarter of the limit before the present turn, or the next,
+    /// is late, so that there is something to compare with when it is; a tenth of the limit after it is, to see it come back.
     pub(super) fn next_look(&self, now: Instant) -> Instant {
-        let Some(turn) = &self.turn else { return now + self.limit / 2 };
+        let Some(turn) = &self.turn else { return now + self.limit * 3 / 4 };
         let marks = [turn.began + self.limit / 2, turn.began + self.limit];
         marks.into_iter().find(|mark| *mark > now).unwrap_or(now + self.limit / 10)
     }

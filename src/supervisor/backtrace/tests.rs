@@ -105,6 +105,8 @@ fn the_executors_own_frames_are_left_out_unless_there_are_no_others() {
         ["ringleader::executor::generation::run", "<glommio::Task<T> as core::Future>::poll", "std::rt::start"];
     let text = backtrace(&[&["core::slice::sort", "app::handle", "hyper::serve"], &runtime[..]].concat()).to_string();
     assert_eq!(text, "   0: core::slice::sort\n   1: app::handle\n   2: hyper::serve");
+    let caught = ["app::handle", "__rust_try", "std::panic::catch_unwind", "hyper::serve", TURNS, "some::library"];
+    assert_eq!(backtrace(&[&caught[..], &runtime[..]].concat()).to_string(), "   0: app::handle\n   1: hyper::serve");
     assert_eq!(backtrace(&runtime).to_string().lines().count(), 3);
 }
 
