@@ -36,6 +36,8 @@ pub struct Exit {
     pub failed: usize,
     /// Executors that did not answer the order to stop; their threads were left behind.
     pub abandoned: usize,
+    /// Blocking closures that still ran at the drain's deadline; their threads were left behind, and end with them.
+    pub abandoned_closures: usize,
 }
 
 /// What a slot's executor is doing.

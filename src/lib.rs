@@ -38,10 +38,12 @@
 //! | the start-up closure | `Send + Sync`: every executor calls it |
 //! | the [`Service`] it returns, its futures, its response bodies | need not be |
 //! | [`Shard`], [`Task`] | not: bound to their executor |
+//! | closures of [`Shard::spawn_blocking`] and what they return; [`Blocking`] | `Send` |
 //! | [`Sleep`] | `Send`, for futures that must be; polled elsewhere than on its executor it panics |
 //! | [`Server`], [`Running`], [`Handle`], [`Order`] | `Send`; [`Handle`] is `Clone`, too |
 //!
 //! An executor is one thread: a handler that computes or blocks for long holds up every connection of it.
+//! [`Shard::spawn_blocking`] takes such work elsewhere.
 //!
 //! # Starting and stopping
 //! [`Server::run`] blocks until the end. [`Server::start`] gives an [`Order`], which is awaited on any async runtime or on
@@ -54,9 +56,14 @@
 //! # When something goes wrong
 //! - A service's `Err` is logged and answered with 500; a [`Reject`] or a [`BodyError`] has a status of its own, so that `?`
 //!   is right on both.
-//! - A panic in a service is contained: it costs a 500 and its connection. So is one in a [`Shard::spawn`]ed task, whose
-//!   owner sees a [`TaskError`].
+//! - A panic in a service is contained: it costs a 500 and its connection. [`PanicPolicy::Restart`] makes it end the
+//!   generation instead, and so does the last of too many ([`Escalation`]). A panic in a [`Shard::spawn`]ed task, or in a
+//!   closure of [`Shard::spawn_blocking`], is its owner's, who sees a [`TaskError`].
+//! - A panic in a response's body breaks the connection off: a client never takes what it got for the whole.
 //! - A panic or an error in a [`Shard::background`] task or in the start-up closure ends the generation.
+//! - A panic on a task queue of glommio's (for those who use glommio by themselves) ends the generation and its thread;
+//!   what waited on such queues is lost without being dropped. A future's `Drop` that panics there ends the process.
+//! - [`install_panic_hook`] puts the place of each panic into the log.
 //! - With `panic = "abort"`, and for a stack overflow, a double panic or a segmentation fault, there is no containment:
 //!   the process ends.
 //!
@@ -76,6 +83,7 @@
 //! them fails with a sentence that says what is missing and what to do.
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
+mod blocking;
 mod body;
 mod error;
 mod executor;
@@ -86,6 +94,7 @@ mod handle;
 pub mod internals;
 mod net;
 mod order;
+mod panics;
 mod protocol;
 mod server;
 mod service;
@@ -102,10 +111,11 @@ pub use files::{FileBody, Files, FilesError, Job, Offload, Overloaded};
 pub use handle::{ExecutorState, ExecutorStats, Exit, Handle, Running, Stats, Stop};
 pub use http::{Method, StatusCode};
 pub use order::Order;
+pub use panics::install_panic_hook;
 pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
-pub use settings::{HttpLimits, Overload};
-pub use shard::{Draining, Shard, SlotId, Task, TaskError};
+pub use settings::{Escalation, HttpLimits, Overload, PanicPolicy};
+pub use shard::{Blocking, Draining, Shard, SlotId, Task, TaskError};
 pub use supervisor::policy::{HangPolicy, Scaling};
 pub use time::{Elapsed, Sleep, Timeout};
 

@@ -12,16 +12,17 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use crate::blocking::{self, Pool};
 use crate::error::Kind;
 use crate::executor::accept::Listener;
-use crate::executor::slot::{Report, Reports, SlotSeat};
+use crate::executor::slot::{Common, Report, Reports, SlotSeat};
 use crate::executor::tasks::LocalFuture;
 use crate::handle::{Exit, Running, Shared, Slot, Waiting};
 use crate::net::stream::Stream;
 use crate::order::Order;
 use crate::protocol::http1::Http1;
 use crate::service::Service;
-use crate::settings::{HttpLimits, Overload, Settings};
+use crate::settings::{Escalation, HttpLimits, Overload, PanicPolicy, Settings};
 use crate::shard::Shard;
 use crate::steering::{self, Kernel, Members, Realise, Table};
 use crate::supervisor;
@@ -167,6 +168,10 @@ pub struct Builder {
     stall_backtraces: bool,
     http: HttpLimits,
     overload: Overload,
+    panics: PanicPolicy,
+    escalation: Option<Escalation>,
+    blocking_threads_max: usize,
+    blocking_queue_max: usize,
 }
 
 /// The start-up closure's outcome, to be awaited.
@@ -216,6 +221,10 @@ impl Builder {
             stall_backtraces: false,
             http: HttpLimits::default(),
             overload: Overload::default(),
+            panics: PanicPolicy::default(),
+            escalation: Some(Escalation::default()),
+            blocking_threads_max: blocking::THREADS_MAX,
+            blocking_queue_max: blocking::QUEUE_MAX,
         }
     }
 
@@ -350,6 +359,33 @@ impl Builder {
         self
     }
 
+    /// What a panic in a request's handler, its response body or its connection costs. Default: its connection.
+    pub fn panics(mut self, policy: PanicPolicy) -> Self {
+        self.panics = policy;
+        self
+    }
+
+    /// How many contained panics restart their executor after all. Default: more than 100 in 10 s; `None` is never.
+    ///
+    /// A request that panics each time lets whoever sends it restart executors, and five restarts in 30 s quarantine a
+    /// slot ([`RestartPolicy`]). `None` where that is worse than an executor whose state is broken.
+    pub fn escalation(mut self, escalation: impl Into<Option<Escalation>>) -> Self {
+        self.escalation = escalation.into().map(Escalation::bounded);
+        self
+    }
+
+    /// Threads for [`Shard::spawn_blocking`], of all executors together. Default 64; 1 at least.
+    pub fn blocking_threads_max(mut self, count: usize) -> Self {
+        self.blocking_threads_max = count;
+        self
+    }
+
+    /// Closures that may wait for such a thread; more fail at once. Default 1,024.
+    pub fn blocking_queue_max(mut self, count: usize) -> Self {
+        self.blocking_queue_max = count;
+        self
+    }
+
     /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
     pub fn stop_on_signals(mut self) -> Self {
         self.stop_on_signals = true;
@@ -427,15 +463,20 @@ impl Server {
         let groups = builder.bind(cpus.len(), &mut warnings)?;
         let table = builder.table(&groups, cpus.len(), &kernel, &mut warnings)?;
         let addresses = groups.iter().map(|group| group.address).collect();
+        warnings.extend(containment_warning(cfg!(panic = "abort")));
         let settings = Arc::new(Settings {
             name: builder.name.clone(),
             connections_max,
             http: builder.http.clone(),
             overload: builder.overload.clone(),
+            panics: builder.panics,
+            escalation: builder.escalation,
         });
+        let blocking = Arc::new(builder.blocking_pool());
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
-        let seats = seats(&cpus, groups, kernel.heartbeats(), &settings, &factory, &post)?;
+        let common = Common { settings, factory, blocking: Arc::clone(&blocking) };
+        let seats = seats(&cpus, groups, kernel.heartbeats(), &common, &post)?;
         let slots = seats.iter().map(|seat| Slot::new(seat.cpu, Arc::clone(&seat.cells))).collect();
         let shared = Arc::new(Shared {
             addresses,
@@ -447,7 +488,7 @@ impl Server {
             post,
             exit: Mutex::new(Waiting::For(Vec::new())),
         });
-        supervisor::start(builder.supervision(cpus.len()), seats, table, shared, inbox)
+        supervisor::start(builder.supervision(cpus.len(), blocking), seats, table, shared, inbox)
     }
 }
 
@@ -572,8 +613,17 @@ impl Builder {
         Ok(table)
     }
 
+    fn blocking_pool(&self) -> Pool {
+        let bounds = blocking::Bounds {
+            threads_max: self.blocking_threads_max,
+            queue_max: self.blocking_queue_max,
+            idle_max: blocking::IDLE_MAX,
+        };
+        Pool::new(&self.name, affinity::available().allowed, bounds)
+    }
+
     /// How to supervise `slots` slots.
-    fn supervision(&self, slots: usize) -> supervisor::Supervision {
+    fn supervision(&self, slots: usize, blocking: Arc<Pool>) -> supervisor::Supervision {
         let mut policy = self.policy.clone();
         if let Some(Executors { min, .. }) = self.executors.filter(|executors| executors.min < executors.max) {
             // No more than the slots, which are counted in u16.
@@ -587,8 +637,16 @@ impl Builder {
             stale_after,
             stop_on_signals: self.stop_on_signals,
             stall_backtraces: self.stall_backtraces,
+            blocking,
         }
     }
+}
+
+/// What there is to say of a build that cannot catch panics.
+fn containment_warning(aborts: bool) -> Option<String> {
+    let warning = "built with panic = \"abort\": every panic ends the process, none is contained and no executor restarted; \
+                   build with panic = \"unwind\"";
+    aborts.then(|| warning.to_owned())
 }
 
 /// One seat for each slot, with its listener of each group.
@@ -596,8 +654,7 @@ fn seats(
     cpus: &[usize],
     groups: Vec<Group>,
     heartbeats: &Arc<Heartbeats>,
-    settings: &Arc<Settings>,
-    factory: &Arc<dyn Factory>,
+    common: &Common,
     post: &Post,
 ) -> Result<Vec<Arc<SlotSeat>>, Error> {
     let mut groups: Vec<(Arc<str>, _)> =
@@ -611,8 +668,8 @@ fn seats(
         let post = post.clone();
         // The supervisor outlives its slots' threads; those it has abandoned have nobody to tell.
         let reports: Reports = Arc::new(move |report: Report| post.send(Message::Report(report)));
-        let (slot, settings, factory) = (slot as u16, Arc::clone(settings), Arc::clone(factory));
-        let seat = SlotSeat::new(slot, *cpu, settings, factory, reports, heartbeats.of(slot), listeners)
+        let slot = slot as u16;
+        let seat = SlotSeat::new(slot, *cpu, common.clone(), reports, heartbeats.of(slot), listeners)
             .map_err(|error| Error::new(Kind::System, format!("making the inbox of executor {slot}: {error}")))?;
         seats.push(seat);
     }

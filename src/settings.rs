@@ -60,6 +60,54 @@ impl Default for Overload {
     }
 }
 
+/// What a panic in a request's handler, its response body or its connection costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum PanicPolicy {
+    /// Its connection: the client gets 500 if no answer has begun, and the connection is closed. [`Escalation`] says when
+    /// that is no longer enough. As tower-http's `CatchPanic` and hyper's users in general.
+    #[default]
+    Contain,
+    /// The executor's generation, with all its connections, once the client has been answered 500: for services whose
+    /// state must not be met again after a panic. As actix-web, where it ends a worker. Five in 30 s quarantine the slot
+    /// ([`RestartPolicy`](crate::RestartPolicy)).
+    Restart,
+}
+
+/// How many contained panics an executor may have before it is restarted, since its state may be what is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Escalation {
+    /// One more than this many within [`within`](Self::within) and the generation ends, as if the last one had escaped.
+    /// 100; 10,000 at most.
+    pub panics_max: u32,
+    /// 10 s. Erlang's supervisors have the same pair, `intensity` and `period`, with 1 in 5 s; but theirs counts
+    /// processes that died with their state, here each is a connection, and somebody who found a request that panics
+    /// should not be able to restart an executor by a handful of them.
+    pub within: Duration,
+}
+
+impl Escalation {
+    /// The times of so many panics are kept.
+    const PANICS_MAX: u32 = 10_000;
+
+    /// More than `panics_max` (10,000 at most) within this time.
+    #[must_use]
+    pub fn after(panics_max: u32, within: Duration) -> Self {
+        Self { panics_max, within }.bounded()
+    }
+
+    pub(crate) fn bounded(self) -> Self {
+        Self { panics_max: self.panics_max.min(Self::PANICS_MAX), ..self }
+    }
+}
+
+impl Default for Escalation {
+    fn default() -> Self {
+        Self { panics_max: 100, within: Duration::from_secs(10) }
+    }
+}
+
 /// What every part of a running server may read.
 #[derive(Debug)]
 pub(crate) struct Settings {
@@ -69,4 +117,7 @@ pub(crate) struct Settings {
     pub connections_max: u64,
     pub http: HttpLimits,
     pub overload: Overload,
+    pub panics: PanicPolicy,
+    /// `None` is never.
+    pub escalation: Option<Escalation>,
 }

@@ -9,7 +9,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::BoxError;
-use crate::executor::core::{Core, Failure};
+use crate::blocking::{Lost, Ticket};
+use crate::executor::core::{Core, Failure, Scene};
 use crate::executor::tasks::OnPanic;
 use crate::handle::{ExecutorState, ExecutorStats};
 use crate::protocol::answer::Contained;
@@ -73,15 +74,19 @@ impl Shard {
         ExecutorStats::read(self.core.slot, ExecutorState::Serving, &self.core.cells)
     }
 
-    /// Runs a future on this executor. A panic in it is contained: it becomes the task's error. Dropping the [`Task`]
-    /// lets it run on.
+    /// Runs a future on this executor. A panic in it is contained whatever the [`PanicPolicy`](crate::PanicPolicy): it
+    /// becomes the task's error. Dropping the [`Task`] lets it run on.
     ///
     /// It lives as long as the generation at most.
     pub fn spawn<F: Future + 'static>(&self, future: F) -> Task<F::Output> {
         let task = Rc::new(RefCell::new(Join::Running(None)));
-        let join = Rc::clone(&task);
+        let (join, core) = (Rc::clone(&task), Rc::clone(&self.core));
         let future = async move {
-            let outcome = Contained::new(future).await.map_err(TaskError);
+            let outcome = Contained::new(future).await.map_err(|panic| {
+                let error = TaskError(Lost::Panicked(panic.message.clone()));
+                core.contained(Scene::SpawnedTask, panic);
+                error
+            });
             let waker = match std::mem::replace(&mut *join.borrow_mut(), Join::Done(Some(outcome))) {
                 Join::Running(waker) => waker,
                 Join::Done(_) => None,
@@ -105,6 +110,41 @@ impl Shard {
             }
         };
         self.core.spawn(Box::pin(future), OnPanic::Escape);
+    }
+
+    /// Runs a closure that blocks, or computes for long, on a thread of the server's own pool, and lets this executor go
+    /// on meanwhile.
+    ///
+    /// The pool has up to [`Builder::blocking_threads_max`](crate::Builder::blocking_threads_max) threads, which are
+    /// started when they are needed, are not pinned, and end after 10 s without work. As many closures as
+    /// [`Builder::blocking_queue_max`](crate::Builder::blocking_queue_max) says may wait for one; more fail at once with a
+    /// [`TaskError`] that [is overloaded](TaskError::is_overloaded), and that a service may return as it is: it is answered
+    /// with 503.
+    ///
+    /// A panic in the closure becomes the error, and costs nothing else. Dropping the [`Blocking`], which the end of the
+    /// generation does too, takes the closure not back: it runs to its end, and its result is dropped on its thread. When
+    /// the server stops, closures that wait are dropped, and those that run have until the drain's deadline (5 s when
+    /// there is no drain); then their threads are left behind and counted in
+    /// [`Exit::abandoned_closures`](crate::Exit::abandoned_closures).
+    ///
+    /// ```
+    /// use ringleader::{Body, Request, Response, Server, Shard, service_fn};
+    ///
+    /// let server = Server::builder().listen("127.0.0.1:0").blocking_threads_max(8).serve(async |shard: Shard| {
+    ///     Ok(service_fn(async move |_: Request| {
+    ///         // A cold disk takes its time.
+    ///         let name = shard.spawn_blocking(|| std::fs::read_to_string("/etc/hostname")).await??;
+    ///         Ok(Response::new(Body::from(name)))
+    ///     }))
+    /// });
+    /// # drop(server);
+    /// ```
+    pub fn spawn_blocking<F, T>(&self, closure: F) -> Blocking<T>
+    where
+        F: FnOnce() -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        Blocking(self.core.blocking.run(self.core.slot, self.core.generation, closure))
     }
 
     /// Completes after `duration`, rounded up to a millisecond.
@@ -197,13 +237,59 @@ impl<T> fmt::Debug for Task<T> {
     }
 }
 
-/// A task panicked; this holds what the panic said.
-#[derive(Debug)]
-pub struct TaskError(String);
+/// A closure's outcome, from another thread. Made by [`Shard::spawn_blocking`].
+#[must_use = "the closure runs all the same, but its outcome is lost"]
+pub struct Blocking<T>(Ticket<T>);
+
+impl<T> Future for Blocking<T> {
+    type Output = Result<T, TaskError>;
+
+    /// # Panics
+    /// When polled again after it was ready.
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context).map_err(TaskError)
+    }
+}
+
+impl<T> fmt::Debug for Blocking<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Blocking")
+    }
+}
+
+/// Why a [`Task`] or a [`Blocking`] has no result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskError(Lost);
+
+impl TaskError {
+    /// It panicked.
+    #[must_use]
+    pub fn is_panic(&self) -> bool {
+        matches!(self.0, Lost::Panicked(_))
+    }
+
+    /// There was no thread for it: it has not begun, and may be tried again later.
+    #[must_use]
+    pub fn is_overloaded(&self) -> bool {
+        matches!(self.0, Lost::Full { .. } | Lost::NoThread(_))
+    }
+}
 
 impl fmt::Display for TaskError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "the task panicked: {}", self.0)
+        match &self.0 {
+            Lost::Panicked(message) => write!(formatter, "the task panicked: {message}"),
+            Lost::Full { running, waiting } => write!(
+                formatter,
+                "no thread is free for a blocking closure: {running} run and {waiting} wait, which is as many as may; \
+                 try again later, or raise blocking_threads_max"
+            ),
+            Lost::NoThread(error) => write!(
+                formatter,
+                "starting a thread for a blocking closure: {error}; raise the limit on threads (ulimit -u, TasksMax=)"
+            ),
+            Lost::Stopped => formatter.write_str("the server stopped before the blocking closure had begun"),
+        }
     }
 }
 

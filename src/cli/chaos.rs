@@ -18,6 +18,10 @@ pub(crate) async fn respond(shard: &Shard, request: &Request) -> Result<Response
             shard.background("chaos", async { panic!("ordered by /chaos/escape") });
             done("a panic is on its way\n")
         }
+        "/chaos/abort" => {
+            let _panics_too = PanicsOnDrop;
+            panic!("ordered by /chaos/abort")
+        }
         "/chaos/spin" => {
             let until = Instant::now() + milliseconds(request)?;
             while Instant::now() < until {
@@ -29,15 +33,29 @@ pub(crate) async fn respond(shard: &Shard, request: &Request) -> Result<Response
             std::thread::sleep(milliseconds(request)?);
             done("blocked\n")
         }
+        "/chaos/offload" => {
+            let time = milliseconds(request)?;
+            shard.spawn_blocking(move || std::thread::sleep(time)).await?;
+            done("offloaded\n")
+        }
         "/chaos/sleep" => {
             shard.sleep(milliseconds(request)?).await;
             done("slept\n")
         }
         _ => Err(Reject::new(
             StatusCode::NOT_FOUND,
-            "there is /chaos/panic, escape, and spin, block and sleep with ?ms=N",
+            "there is /chaos/panic, escape, abort, and spin, block, offload and sleep with ?ms=N",
         )
         .into()),
+    }
+}
+
+/// A drop that panics while a panic unwinds its frame: nothing can catch that.
+struct PanicsOnDrop;
+
+impl Drop for PanicsOnDrop {
+    fn drop(&mut self) {
+        panic!("the drop panics while the first panic unwinds");
     }
 }
 

@@ -1,8 +1,9 @@
-//! Where a panic happened is known to its hook only: the command installs one, embedders decide for themselves.
+//! Where a panic happened is known to its hook only: the command installs the library's, and one of its own for the
+//! threads that are not the library's. Embedders decide for themselves.
 
 use std::panic;
 
-/// Logs each panic once, with thread and place, through the log instead of raw on standard error.
+/// Logs each panic once, with its place, through the log instead of raw on standard error.
 pub(crate) fn install() {
     panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
@@ -10,6 +11,7 @@ pub(crate) fn install() {
         let message = payload(info.payload());
         tracing::error!(thread = thread.name().unwrap_or("?"), place, "panic: {message}");
     }));
+    ringleader::install_panic_hook();
 }
 
 fn payload(payload: &dyn std::any::Any) -> &str {

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use ringleader::{Handle, HangPolicy, HttpLimits, Overload, RestartPolicy, Server, Shard, Steering};
+use ringleader::{
+    Escalation, Handle, HangPolicy, HttpLimits, Overload, PanicPolicy, RestartPolicy, Server, Shard, Steering,
+};
 use tracing_subscriber::EnvFilter;
 
 use super::{Failure, app};
@@ -36,8 +38,8 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "root")]
     listing: bool,
 
-    /// Add /chaos/panic, /chaos/escape, and /chaos/spin, /chaos/block, /chaos/sleep with ?ms=N, which break things on
-    /// purpose
+    /// Add endpoints under /chaos/ (panic, escape, abort, and spin, block, offload, sleep with ?ms=N), which break things
+    /// on purpose
     #[arg(long)]
     chaos: bool,
 
@@ -110,6 +112,14 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "MS", default_value_t = 100)]
     restart_delay: u64,
 
+    /// What a panic in a request's handler costs
+    #[arg(long, value_enum, default_value = "contain")]
+    on_panic: OnPanic,
+
+    /// With `--on-panic contain`: panics within 10 s, more than which restart their executor; 0 is never
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    escalate_after: u32,
+
     /// Let other processes of this user listen on the same address, and share the traffic
     #[arg(long)]
     share_port: bool,
@@ -143,6 +153,14 @@ enum SteeringName {
     Hash,
     /// Preferably to executors with fewer open connections and less to do: for connections that live long
     LeastLoaded,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum OnPanic {
+    /// Its connection
+    Contain,
+    /// Its executor's connections: the executor starts anew
+    Restart,
 }
 
 fn parse_executors(text: &str) -> Result<Count, String> {
@@ -188,6 +206,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     if exit.abandoned > 0 {
         return Err(Failure::Failed(format!("{} executors did not answer the order to stop", exit.abandoned)));
     }
+    if exit.abandoned_closures > 0 {
+        return Err(Failure::Failed(format!("{} blocking closures did not end in time", exit.abandoned_closures)));
+    }
     tracing::info!(drained = exit.drained, "stopped");
     Ok(())
 }
@@ -225,6 +246,14 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .restart(restart)
         .http_limits(limits)
         .overload(overload)
+        .panics(match arguments.on_panic {
+            OnPanic::Contain => PanicPolicy::Contain,
+            OnPanic::Restart => PanicPolicy::Restart,
+        })
+        .escalation(match arguments.escalate_after {
+            0 => None,
+            count => Some(Escalation::after(count, Escalation::default().within)),
+        })
         .steering(match arguments.steering {
             SteeringName::Random => Steering::Random,
             SteeringName::Hash => Steering::Hash,

@@ -1,6 +1,7 @@
 //! What everything on one executor shares: the driver, the timers, the tasks, the time. One per generation, never
 //! leaves its thread.
 
+use std::backtrace::Backtrace;
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,10 +15,14 @@ use super::cells::Cells;
 use super::overload::Shedder;
 use super::slot::SlotSeat;
 use super::tasks::{LocalFuture, OnPanic, Tasks};
+use crate::blocking::Pool;
 use crate::net::driver::Driver;
 use crate::net::ring::RingOptions;
 use crate::net::wheel::{TimerKey, Wheel};
-use crate::settings::Settings;
+use crate::panics::Panic;
+use crate::panics::escalator::Escalator;
+use crate::panics::lines::{Lines, More};
+use crate::settings::{PanicPolicy, Settings};
 use crate::sys::memory;
 
 /// Hibernated connections from which on their memory, 8 KiB each, is worth a round through the allocator.
@@ -35,10 +40,47 @@ static SERIAL: AtomicU64 = AtomicU64::new(0);
 pub(crate) enum Failure {
     /// The start-up closure returned an error, or panicked.
     Start(String),
-    /// A panic got out of everything that contains one.
-    Panicked(String),
+    /// A panic got out of everything that contains one, or the policy is not to contain it.
+    Panicked(Panic),
+    /// Too many panics were contained; the last of them.
+    Escalated(Panic),
     /// A background task returned an error.
     Background { name: &'static str, error: String },
+}
+
+impl Failure {
+    /// Of the panic, if there was one and a backtrace was asked for.
+    pub(crate) fn backtrace(&self) -> Option<&Backtrace> {
+        match self {
+            Self::Panicked(panic) | Self::Escalated(panic) => panic.backtrace.as_deref(),
+            Self::Start(_) | Self::Background { .. } => None,
+        }
+    }
+}
+
+/// Where a panic was caught that cost no more than this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scene {
+    Handler,
+    ResponseBody,
+    /// A connection's task outside of the two above.
+    Connection,
+    /// A spawned task, which has an owner to tell.
+    SpawnedTask,
+    /// The end of a generation: something panicked as it was dropped.
+    TearDown,
+}
+
+impl Scene {
+    fn cost(self) -> &'static str {
+        match self {
+            Self::Handler => "a request handler panicked, its connection is closed",
+            Self::ResponseBody => "a response's body panicked, its connection is broken off",
+            Self::Connection => "a connection's task panicked, the connection is broken off",
+            Self::SpawnedTask => "a spawned task panicked, it alone has ended",
+            Self::TearDown => "something panicked as it was dropped at its generation's end, which costs nothing more",
+        }
+    }
 }
 
 pub(crate) struct Core {
@@ -48,6 +90,7 @@ pub(crate) struct Core {
     pub generation: u64,
     pub cells: Arc<Cells>,
     pub settings: Arc<Settings>,
+    pub blocking: Arc<Pool>,
     /// `None` once the generation has been torn down, while something of its user's still holds on to it.
     driver: RefCell<Option<Driver>>,
     wheel: RefCell<Wheel<Waker>>,
@@ -62,6 +105,10 @@ pub(crate) struct Core {
     /// Connections that gave their protocol's memory back since the allocator was last asked to pass it on.
     hibernated: Cell<u32>,
     failure: OnceCell<Failure>,
+    escalator: RefCell<Escalator>,
+    lines: RefCell<Lines>,
+    /// When `lines` has a count that nobody has told; looked at each turn.
+    lines_due: Cell<Option<Instant>>,
 }
 
 impl Core {
@@ -73,6 +120,7 @@ impl Core {
         let driver = Driver::new(RingOptions::default(), Arc::clone(&seat.sockets))?;
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed) + 1;
         let now = Instant::now();
+        let escalator = RefCell::new(Escalator::new(seat.settings.escalation));
         let core = Rc::new(Self {
             serial,
             slot: seat.slot,
@@ -80,6 +128,7 @@ impl Core {
             cells: Arc::clone(&seat.cells),
             shedder: Shedder::new(&seat.settings.overload).map(RefCell::new),
             settings: Arc::clone(&seat.settings),
+            blocking: Arc::clone(&seat.blocking),
             driver: RefCell::new(Some(driver)),
             wheel: RefCell::new(Wheel::new(now)),
             tasks: Tasks::new(serial, Arc::clone(&seat.inbox)),
@@ -89,6 +138,9 @@ impl Core {
             drain_watchers: RefCell::new(Slab::new()),
             hibernated: Cell::new(0),
             failure: OnceCell::new(),
+            escalator,
+            lines: RefCell::default(),
+            lines_due: Cell::new(None),
         });
         CURRENT.set(Some(Rc::clone(&core)));
         Ok(core)
@@ -219,11 +271,51 @@ impl Core {
         self.failure.get()
     }
 
+    /// A panic was caught at `scene`: logs and counts it, and decides whether it was one too many.
+    pub(crate) fn contained(&self, scene: Scene, panic: Panic) {
+        if self.settings.panics == PanicPolicy::Restart && scene != Scene::SpawnedTask {
+            return self.fail(Failure::Panicked(panic));
+        }
+        self.cells.panics_contained.add(1);
+        if self.escalator.borrow_mut().note(self.now()) {
+            return self.fail(Failure::Escalated(panic));
+        }
+        self.log(scene, &panic);
+    }
+
+    /// Logs a panic, unless its place has had its share of lines.
+    pub(crate) fn log(&self, scene: Scene, panic: &Panic) {
+        let said = self.lines.borrow_mut().note(panic.site(), self.now());
+        self.lines_due.set(self.lines.borrow().due());
+        let Some(more) = said else { return };
+        let more = more.map(|more| format!(" ({more})")).unwrap_or_default();
+        let (slot, generation, place) = (self.slot, self.generation, panic.place.as_deref());
+        tracing::error!(slot, generation, place, "{}: {}{more}", scene.cost(), panic.message);
+    }
+
+    /// Tells of panics that got no line, when it is time to.
+    pub(crate) fn log_suppressed(&self) {
+        let now = self.now();
+        if self.lines_due.get().is_some_and(|due| due <= now) {
+            let due = self.lines.borrow_mut().take_due(now);
+            self.lines_due.set(self.lines.borrow().due());
+            self.log_counts(due);
+        }
+    }
+
+    fn log_counts(&self, counts: Vec<(String, More)>) {
+        for (site, more) in counts {
+            tracing::error!(slot = self.slot, generation = self.generation, "panics at {site}: {more}");
+        }
+    }
+
     /// Ends everything of this generation: tasks first (their streams close their sockets), then the ring.
     pub(crate) fn tear_down(&self) {
-        self.tasks.clear();
+        self.tasks.clear(|panic| self.log(Scene::TearDown, &panic));
         drop(self.wheel.replace(Wheel::new(Instant::now())));
         CURRENT.set(None);
         drop(self.driver.take());
+        let rest = self.lines.borrow_mut().take_all(Instant::now());
+        self.log_counts(rest);
     }
 }

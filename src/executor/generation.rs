@@ -16,15 +16,16 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::accept::Acceptor;
-use super::core::{Core, Failure};
+use super::core::{Core, Failure, Scene};
 use super::inbox::{Handed, Order};
 use super::park::{Doorbell, hand_over};
 use super::slot::SlotSeat;
-use super::tasks::{OnPanic, message};
+use super::tasks::OnPanic;
 use crate::files;
 use crate::net::driver::Arrivals;
 use crate::net::ring::OperationKey;
 use crate::net::stream::Stream;
+use crate::panics::{Panic, caught};
 use crate::server::{Connect, Factory};
 use crate::shard::Shard;
 
@@ -107,15 +108,11 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
     seat.heartbeat.busy(Instant::now());
     // The user's things may panic when they are dropped; the ring must come down all the same.
     let dropped = catch_unwind(AssertUnwindSafe(|| {
-        core.tasks.clear();
+        core.tasks.clear(|panic| core.log(Scene::TearDown, &panic));
         drop(generation);
     }));
     if let Err(payload) = dropped {
-        tracing::error!(
-            slot = core.slot,
-            panic = message(payload),
-            "an executor's state panicked while it was dropped"
-        );
+        core.log(Scene::TearDown, &caught(payload));
     }
     core.tear_down();
     seat.heartbeat.asleep();
@@ -188,7 +185,7 @@ impl Generation {
                     self.handed_over = Instant::now();
                 }
                 Ok(Next::End) => return self.ended.take().unwrap_or(Ended::Stopped),
-                Err(payload) => return Ended::Failed(Failure::Panicked(message(payload))),
+                Err(payload) => return Ended::Failed(Failure::Panicked(caught(payload))),
             }
         }
     }
@@ -196,6 +193,7 @@ impl Generation {
     fn turn(&mut self, seat: &SlotSeat) -> Next {
         let core = Rc::clone(&self.core);
         self.begin_turn(seat);
+        core.log_suppressed();
         self.take_in(seat);
         core.fire_timers();
         self.accept();
@@ -204,7 +202,12 @@ impl Generation {
         core.tasks.poll_ready(|on_panic, panic| contained_or_not(&core, on_panic, panic));
         core.driver().end_turn();
         self.announce(seat);
-        if self.is_over() { Next::End } else { self.sleep_or_go_on(seat) }
+        if !self.is_over() {
+            return self.sleep_or_go_on(seat);
+        }
+        // What has been answered in this turn goes out before the sockets are closed.
+        self.enter(false);
+        Next::End
     }
 
     fn begin_turn(&mut self, seat: &SlotSeat) {
@@ -278,7 +281,7 @@ impl Generation {
     fn enter(&mut self, wait: bool) {
         self.arrivals.activity = false;
         if let Err(error) = self.core.driver().turn(wait, &mut self.arrivals) {
-            self.core.fail(Failure::Panicked(format!("io_uring_enter: {error}")));
+            self.core.fail(Failure::Panicked(Panic::of(format!("io_uring_enter: {error}"))));
         }
         self.active |= self.arrivals.activity;
     }
@@ -445,17 +448,9 @@ fn adopt(core: &Rc<Core>, connect: Rc<dyn Connect>, fd: OwnedFd, peer: SocketAdd
     core.spawn(connect.connect(stream, peer, name), OnPanic::Contain);
 }
 
-fn contained_or_not(core: &Core, on_panic: OnPanic, panic: String) {
+fn contained_or_not(core: &Core, on_panic: OnPanic, panic: Panic) {
     match on_panic {
-        OnPanic::Contain => {
-            core.cells.panics_contained.add(1);
-            tracing::error!(
-                slot = core.slot,
-                generation = core.generation,
-                panic,
-                "a task panicked; it alone has ended"
-            );
-        }
+        OnPanic::Contain => core.contained(Scene::Connection, panic),
         OnPanic::Escape => core.fail(Failure::Panicked(panic)),
     }
 }

@@ -3,6 +3,7 @@
 //! leaves nothing behind.
 
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::thread::JoinHandle;
@@ -12,10 +13,13 @@ use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
 
 use super::accept::Listener;
 use super::cells::Cells;
+use super::core::{Core, Scene};
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
 use super::park::{Doorbell, hand_over};
+use crate::blocking::Pool;
 use crate::net::registry::Registry;
+use crate::panics::{self, Panic, caught};
 use crate::server::Factory;
 use crate::settings::Settings;
 use crate::sys::cpu_clock::ThreadClock;
@@ -63,6 +67,14 @@ impl Occupant {
     }
 }
 
+/// What all slots of a server have in common.
+#[derive(Clone)]
+pub(crate) struct Common {
+    pub settings: Arc<Settings>,
+    pub factory: Arc<dyn Factory>,
+    pub blocking: Arc<Pool>,
+}
+
 /// What is permanent about a slot. Shared by the supervisor and the slot's thread.
 pub(crate) struct SlotSeat {
     pub slot: u16,
@@ -74,6 +86,7 @@ pub(crate) struct SlotSeat {
     pub heartbeat: Heartbeat,
     /// The open sockets of its executor.
     pub sockets: Arc<Registry>,
+    pub blocking: Arc<Pool>,
     pub reports: Reports,
     /// The thread that lives here, once it does.
     occupant: Mutex<Option<Occupant>>,
@@ -85,12 +98,12 @@ impl SlotSeat {
     pub(crate) fn new(
         slot: u16,
         cpu: usize,
-        settings: Arc<Settings>,
-        factory: Arc<dyn Factory>,
+        common: Common,
         reports: Reports,
         heartbeat: Heartbeat,
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
+        let Common { settings, factory, blocking } = common;
         Ok(Arc::new(Self {
             slot,
             cpu,
@@ -100,6 +113,7 @@ impl SlotSeat {
             cells: Arc::new(Cells::default()),
             heartbeat,
             sockets: Arc::default(),
+            blocking,
             reports,
             occupant: Mutex::new(None),
             listeners: Mutex::new(Some(Arc::new(listeners))),
@@ -121,6 +135,7 @@ impl SlotSeat {
             cells: Arc::new(self.cells.successor()),
             heartbeat: self.heartbeat.clone(),
             sockets: Arc::default(),
+            blocking: Arc::clone(&self.blocking),
             reports: Arc::clone(&self.reports),
             occupant: Mutex::new(None),
             listeners: Mutex::new(self.listeners()),
@@ -171,6 +186,7 @@ impl SlotSeat {
 pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<JoinHandle<()>> {
     let name = format!("{}-{}", seat.settings.name, seat.slot);
     std::thread::Builder::new().name(name).spawn(move || {
+        panics::mark_thread();
         let _guard = ThreadGuard(Arc::clone(&seat), thread);
         seat.occupy(Occupant::current());
         execute(&seat);
@@ -196,9 +212,49 @@ fn execute(seat: &SlotSeat) {
         .preempt_timer(GLOMMIO_PREEMPT)
         .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
         .make();
-    match executor {
-        Ok(executor) => executor.run(outer(seat)),
-        Err(error) => tracing::error!(slot = seat.slot, cpu = seat.cpu, %error, "glommio could not make an executor"),
+    let executor = match executor {
+        Ok(executor) => executor,
+        Err(error) => {
+            tracing::error!(slot = seat.slot, cpu = seat.cpu, %error, "glommio could not make an executor");
+            return;
+        }
+    };
+    // It stays ours: glommio never drops a task that waits, and when a panic gets out of it nothing else of it either.
+    let mut outer = Box::pin(outer(seat));
+    let ran = catch_unwind(AssertUnwindSafe(|| executor.run(outer.as_mut())));
+    if let Err(payload) = ran {
+        report_fall(seat, &caught(payload));
+        take_down(outer);
+    }
+}
+
+/// A panic of a task that the embedder gave to glommio, or of glommio's own. Those of ours are caught before they get here.
+fn report_fall(seat: &SlotSeat, panic: &Panic) {
+    let (slot, generation, place) = (seat.slot, seat.cells.generation.get(), panic.place.as_deref());
+    tracing::error!(
+        slot,
+        generation,
+        place,
+        "a task on one of glommio's queues panicked, which ends the executor with its thread: {}; its connections are \
+         closed, and tasks that waited on glommio's queues are lost without being dropped",
+        panic.message
+    );
+    if let Some(backtrace) = &panic.backtrace {
+        tracing::error!("its backtrace:\n{backtrace}");
+    }
+}
+
+/// Does what the end of a generation would have done.
+fn take_down<F>(outer: F) {
+    let core = Core::current();
+    if let Some(core) = &core {
+        core.tasks.clear(|panic| core.log(Scene::TearDown, &panic));
+    }
+    // The generation's own part, with the service and the acceptor; then the eventfds.
+    let dropped = catch_unwind(AssertUnwindSafe(|| drop(outer))).map_err(caught);
+    if let Some(core) = &core {
+        dropped.unwrap_or_else(|panic| core.log(Scene::TearDown, &panic));
+        core.tear_down();
     }
 }
 

@@ -17,6 +17,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use slab::Slab;
 
 use super::inbox::Inbox;
+use crate::panics::{Panic, caught};
 
 pub(crate) type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
@@ -28,9 +29,6 @@ pub(crate) enum OnPanic {
     /// It ends the generation.
     Escape,
 }
-
-/// A caught panic's message, as far as it can be had without a hook.
-pub(crate) type Panic = String;
 
 thread_local! {
     /// Tasks that are ready on the generation that lives on this thread.
@@ -181,16 +179,16 @@ impl Tasks {
         }
         let on_panic = task.on_panic;
         if let Err(payload) = polled {
-            panicked(on_panic, message(payload));
+            panicked(on_panic, caught(payload));
         }
         self.rows.borrow_mut().try_remove(index as usize);
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(task))) {
-            panicked(on_panic, message(payload));
+            panicked(on_panic, caught(payload));
         }
     }
 
-    /// Drops every task; a panic in one's drop costs the others nothing.
-    pub(crate) fn clear(&self) {
+    /// Drops every task; a panic in one's drop costs the others nothing. Calls `panicked` for each.
+    pub(crate) fn clear(&self, mut panicked: impl FnMut(Panic)) {
         // A drop may spawn: go on until nothing is left. Spawning is refused to no one here, but each round drops what
         // the one before has added, and a drop that always spawns again is bounded by the rounds.
         for _ in 0..16 {
@@ -200,7 +198,7 @@ impl Tasks {
             }
             for (_, task) in rows {
                 if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(task))) {
-                    tracing::error!(panic = message(payload), "a task panicked while it was dropped");
+                    panicked(caught(payload));
                 }
             }
         }
@@ -209,21 +207,6 @@ impl Tasks {
             ready.queue.borrow_mut().clear();
             drop(ready.sleeper.borrow_mut().take());
         });
-    }
-}
-
-/// What a panic payload says; the location is known to panic hooks only.
-pub(crate) fn message(payload: Box<dyn std::any::Any + Send>) -> Panic {
-    match payload.downcast::<String>() {
-        Ok(text) => *text,
-        Err(payload) => match payload.downcast::<&'static str>() {
-            Ok(text) => (*text).to_owned(),
-            Err(payload) => {
-                // Dropping a foreign payload may panic in its turn; losing it is the safe way out.
-                std::mem::forget(payload);
-                "a panic with a payload that is not text".to_owned()
-            }
-        },
     }
 }
 
@@ -250,9 +233,9 @@ mod tests {
         }
     }
 
-    fn poll(tasks: &Tasks) -> Vec<(OnPanic, Panic)> {
+    fn poll(tasks: &Tasks) -> Vec<(OnPanic, String)> {
         let mut panics = Vec::new();
-        tasks.poll_ready(|on_panic, panic| panics.push((on_panic, panic)));
+        tasks.poll_ready(|on_panic, panic| panics.push((on_panic, panic.message)));
         panics
     }
 
@@ -327,7 +310,7 @@ mod tests {
     fn a_wake_after_the_generations_end_does_not_reach_the_next_ones_queue() {
         let (tasks, inbox) = tasks();
         let (waker, _) = waiting(&tasks);
-        tasks.clear();
+        tasks.clear(|_| ());
         let next = Tasks::new(2, Arc::clone(&inbox));
         waker.wake();
         assert_eq!(next.ready(), 0);
@@ -376,8 +359,9 @@ mod tests {
             let spawns = Spawns(Rc::clone(&tasks), Rc::clone(&dropped));
             tasks.add(Box::pin(async move { drop(spawns) }), OnPanic::Contain);
         }
-        tasks.clear();
-        assert_eq!((dropped.get(), tasks.len(), tasks.ready()), (20, 0, 0));
+        let mut panics = 0;
+        tasks.clear(|_| panics += 1);
+        assert_eq!((dropped.get(), panics, tasks.len(), tasks.ready()), (20, 20, 0, 0));
     }
 
     /// What is written before a wake from another thread is seen by the poll that follows, also when the task was

@@ -14,13 +14,13 @@ use pin_project_lite::pin_project;
 
 use super::http1::Activity;
 use crate::body::BodyError;
-use crate::executor::core::Core;
-use crate::executor::tasks::message;
+use crate::executor::core::{Core, Scene};
+use crate::panics::{Panic, caught};
 use crate::service::Reject;
-use crate::{BoxError, Request, Response};
+use crate::{BoxError, Request, Response, TaskError};
 
 pin_project! {
-    /// Polls and drops a service's future with panics caught: `Err` is the panic's message.
+    /// Polls and drops a service's future with panics caught: `Err` is the panic.
     pub(crate) struct Contained<F> {
         #[pin]
         future: Option<F>,
@@ -34,7 +34,7 @@ impl<F> Contained<F> {
 }
 
 impl<F: Future> Future for Contained<F> {
-    type Output = Result<F::Output, String>;
+    type Output = Result<F::Output, Panic>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
@@ -45,12 +45,12 @@ impl<F: Future> Future for Contained<F> {
         let output = match polled {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(output)) => Ok(output),
-            Err(payload) => Err(message(payload)),
+            Err(payload) => Err(caught(payload)),
         };
         // Dropped here, caught on its own: its fields' drops may panic as well.
         match catch_unwind(AssertUnwindSafe(|| this.future.set(None))) {
             Ok(()) => Poll::Ready(output),
-            Err(payload) => Poll::Ready(output.and(Err(message(payload)))),
+            Err(payload) => Poll::Ready(output.and(Err(caught(payload)))),
         }
     }
 }
@@ -134,10 +134,11 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
             Ok(polled) => polled
                 .map(|frame| frame.map(|frame| frame.map(|frame| frame.map_data(Chunk::Service)).map_err(Into::into))),
             Err(payload) => {
-                // The head has gone out: all that is left is to break the connection off.
-                let panic = message(payload);
-                report_panic(&this.in_flight.core, &panic);
-                Poll::Ready(Some(Err(format!("the response's body panicked: {panic}").into())))
+                // The head has gone out, or is on its way: all that is left is to break the connection off.
+                let panic = caught(payload);
+                let error = format!("the response's body panicked: {panic}").into();
+                this.in_flight.core.contained(Scene::ResponseBody, panic);
+                Poll::Ready(Some(Err(error)))
             }
         }
     }
@@ -157,7 +158,7 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
 
 /// The response to what a service returned, or how it failed.
 pub(crate) fn respond<B: HttpBody>(
-    result: Result<Result<Response<B>, BoxError>, String>,
+    result: Result<Result<Response<B>, BoxError>, Panic>,
     in_flight: InFlight,
 ) -> Response<AnswerBody<B>> {
     // hyper says so by itself only for requests that came before it was told of the drain.
@@ -166,7 +167,7 @@ pub(crate) fn respond<B: HttpBody>(
         Ok(Ok(response)) => response.map(|body| AnswerBody { body: Some(body), text: None, in_flight }),
         Ok(Err(error)) => refuse(error, in_flight),
         Err(panic) => {
-            report_panic(&in_flight.core, &panic);
+            in_flight.core.contained(Scene::Handler, panic);
             closing_text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)
         }
     };
@@ -187,6 +188,9 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
     }
     if let Some(body) = error.downcast_ref::<BodyError>() {
         return closing_text(body.status(), Some(body.to_string()), in_flight);
+    }
+    if error.downcast_ref::<TaskError>().is_some_and(TaskError::is_overloaded) {
+        return text(StatusCode::SERVICE_UNAVAILABLE, None, in_flight);
     }
     tracing::error!(slot = in_flight.core.slot, %error, "a service failed; answered 500");
     text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)
@@ -224,14 +228,4 @@ fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Resp
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);
     response
-}
-
-fn report_panic(core: &Core, panic: &str) {
-    core.cells.panics_contained.add(1);
-    tracing::error!(
-        slot = core.slot,
-        generation = core.generation,
-        panic,
-        "a request handler panicked; its connection is closed"
-    );
 }

@@ -7,10 +7,11 @@ use crate::handle::Exit;
 
 /// What everybody is told who waits for the end.
 ///
-/// `had_started`: whether `start` has been answered already. `failure_of` is what the last failure of a slot said.
+/// `had_started`: whether `start` has been answered already. `abandoned_closures` still run. `failure_of` is what the last failure of a slot said.
 pub(super) fn result(
     outcome: Outcome,
     had_started: bool,
+    abandoned_closures: usize,
     failure_of: impl Fn(Option<u16>) -> Option<String>,
 ) -> Result<Exit, Error> {
     match outcome {
@@ -22,6 +23,7 @@ pub(super) fn result(
             handed_over,
             failed: usize::from(failed),
             abandoned: usize::from(abandoned),
+            abandoned_closures,
         }),
         Outcome::StartFailed { slot, failure, .. } => {
             let why = failure_of(Some(slot)).unwrap_or_else(|| match failure {

@@ -22,6 +22,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::Error;
+use crate::blocking::Pool;
 use crate::error::Kind;
 use crate::executor::core::Failure;
 use crate::executor::generation::Ended;
@@ -39,6 +40,8 @@ use watchdog::Watchdog;
 
 /// How soon connections that no executor had room for are tried again.
 const RESCUE_AGAIN: Duration = Duration::from_millis(10);
+/// How long blocking closures may take after a stop that was not a drain; as long as executors may.
+const BLOCKING_GRACE: Duration = Duration::from_secs(5);
 
 /// How a server is to be supervised.
 pub(crate) struct Supervision {
@@ -49,6 +52,7 @@ pub(crate) struct Supervision {
     pub stop_on_signals: bool,
     /// Whether the log says what a stalled executor is doing, which takes a signal.
     pub stall_backtraces: bool,
+    pub blocking: Arc<Pool>,
 }
 
 struct Supervisor {
@@ -71,6 +75,9 @@ struct Supervisor {
     failures: HashMap<u16, String>,
     signals: Option<signals::Watch>,
     stop_signals: u32,
+    blocking: Arc<Pool>,
+    /// Of the drain, while nobody has ordered an immediate stop.
+    drain_deadline: Option<Instant>,
 }
 
 /// When the next sample of the load is due, for automatic scaling.
@@ -111,6 +118,8 @@ pub(crate) fn start(
         failures: HashMap::new(),
         signals,
         stop_signals: 0,
+        blocking: supervision.blocking,
+        drain_deadline: None,
     };
     std::thread::Builder::new()
         .name(format!("{}-sup", supervision.name))
@@ -130,7 +139,7 @@ impl Supervisor {
                 self.show();
                 for action in actions {
                     if let Action::Exit(outcome) = action {
-                        return self.exit(outcome);
+                        return self.exit(outcome, inbox);
                     }
                     self.act(action);
                 }
@@ -179,10 +188,8 @@ impl Supervisor {
     fn event_of_message(&mut self, message: Message) -> Option<Event> {
         match message {
             Message::Report(report) => self.event_of(report),
-            Message::Stop(how) => Some(Event::Stop(match how {
-                Stop::Now => StopMode::Now,
-                Stop::Drain(limit) => StopMode::Drain { deadline: Some(limit) },
-            })),
+            Message::Stop(Stop::Now) => Some(self.stop_at_once()),
+            Message::Stop(Stop::Drain(limit)) => Some(Event::Stop(StopMode::Drain { deadline: Some(limit) })),
             Message::Scale(count, promise) => {
                 self.scale_orders.push_back(promise);
                 // Beyond what can be said is as far out of range as what can.
@@ -192,12 +199,17 @@ impl Supervisor {
         }
     }
 
+    fn stop_at_once(&mut self) -> Event {
+        self.drain_deadline = None;
+        Event::Stop(StopMode::Now)
+    }
+
     fn event_of_signal(&mut self, signal: i32) -> Event {
         self.stop_signals += 1;
         let name = signals::name(signal);
         if self.stop_signals > 1 {
             tracing::warn!(signal = name, "a second signal: stopping at once");
-            return Event::Stop(StopMode::Now);
+            return self.stop_at_once();
         }
         tracing::info!(signal = name, "draining; a second signal stops at once");
         Event::Stop(StopMode::Drain { deadline: None })
@@ -246,11 +258,15 @@ impl Supervisor {
         let (how, what) = match failure {
             Failure::Start(error) => (End::StartFailed, format!("its start-up failed: {error}")),
             Failure::Panicked(panic) => (End::Panicked, format!("it panicked: {panic}")),
+            Failure::Escalated(last) => (End::Panicked, format!("too many of its panics were contained: {last}")),
             Failure::Background { name, error } => {
                 (End::Failed, format!("its background task '{name}' failed: {error}"))
             }
         };
         tracing::error!(slot, generation, "an executor has ended, {what}; its connections are closed");
+        if let Some(backtrace) = failure.backtrace() {
+            tracing::error!(slot, generation, "its backtrace:\n{backtrace}");
+        }
         self.failures.insert(slot, what);
         how
     }
@@ -277,6 +293,9 @@ impl Supervisor {
             }
             Action::Drain { slot, deadline, why } => {
                 let accept_rest = why == DrainReason::Stop;
+                if why != DrainReason::ScaleDown {
+                    self.drain_deadline = Some(deadline);
+                }
                 self.seat(slot).inbox.order(SlotOrder::Drain { deadline, accept_rest });
             }
             Action::StopNow { slot } => self.seat(slot).inbox.order(SlotOrder::Stop),
@@ -448,9 +467,27 @@ impl Supervisor {
         }
     }
 
-    fn exit(mut self, outcome: Outcome) {
+    /// Waits for blocking closures that run; how many did not end in time. A stop at once, or a second signal, ends it.
+    fn close_blocking(&mut self, inbox: &PostBox) -> usize {
+        const LOOK: Duration = Duration::from_millis(50);
+        let deadline = self.drain_deadline.unwrap_or_else(|| Instant::now() + BLOCKING_GRACE);
+        loop {
+            let now = Instant::now();
+            let left = self.blocking.close(deadline.min(now + LOOK));
+            let hurry = |message| matches!(message, Message::Signal(_) | Message::Stop(Stop::Now));
+            if left == 0 || now >= deadline || std::iter::from_fn(|| inbox.next()).any(hurry) {
+                if left > 0 {
+                    tracing::error!(closures = left, "blocking closures do not end: their threads are left behind");
+                }
+                return left;
+            }
+        }
+    }
+
+    fn exit(mut self, outcome: Outcome, inbox: &PostBox) {
         self.let_go_of_listeners();
         self.show();
+        let abandoned_closures = self.close_blocking(inbox);
         if let Some(signals) = self.signals.take() {
             signals.end();
         }
@@ -459,7 +496,7 @@ impl Supervisor {
             Some(slot) => self.failures.get(&slot).cloned(),
             None => self.failures.values().next().cloned(),
         };
-        let result = exit::result(outcome, self.starting.is_none(), failure_of);
+        let result = exit::result(outcome, self.starting.is_none(), abandoned_closures, failure_of);
         if let (Some(promise), Err(error)) = (self.starting.take(), &result) {
             promise.fulfil(Err(error.clone()));
         } else {

@@ -1,6 +1,7 @@
 //! Which CPUs this process may use and how much of them: affinity, cpusets and cgroup quotas.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// The CPUs at hand when asked.
@@ -38,6 +39,22 @@ pub fn available() -> Cpus {
         (count < allowed.len()).then_some(count as f64)
     });
     Cpus { allowed, quota }
+}
+
+/// Lets the calling thread run on these CPUs, as far as they exist and its cpuset has them.
+///
+/// # Errors
+/// When it has none of them.
+pub fn run_on(cpus: &[usize]) -> io::Result<()> {
+    const BITS: usize = u64::BITS as usize;
+    let words = cpus.iter().max().map_or(1, |last| last / BITS + 1);
+    let mut mask = vec![0_u64; words];
+    for cpu in cpus {
+        mask[cpu / BITS] |= 1 << (cpu % BITS);
+    }
+    // SAFETY: `mask` is a CPU mask of that many bytes, which the call reads; 0 is the calling thread.
+    let result = unsafe { libc::sched_setaffinity(0, words * (BITS / 8), mask.as_ptr().cast()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The CPU the calling thread is running on at this moment.
@@ -243,6 +260,20 @@ mod tests {
         assert_eq!(found[0].group, Path::new("/sys/fs/cgroup/cpu,cpuacct/inner"));
         assert!(found[1].unified);
         assert_eq!(found[1].mount_point, Path::new("/sys/fs/cgroup/unified"));
+    }
+
+    #[test]
+    fn a_pinned_thread_can_be_let_go_again() {
+        let thread = std::thread::spawn(|| {
+            let all = available().allowed;
+            run_on(&all[..1]).expect("it may run there");
+            assert_eq!(available().allowed, all[..1]);
+            run_on(&all).expect("it may run there");
+            assert_eq!(available().allowed, all);
+            run_on(&[CPUS_MAX - 1]).expect_err("there is no such CPU");
+            assert_eq!(available().allowed, all);
+        });
+        thread.join().expect("no assertion fails");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Ringleader from outside: in this process through its public interface, and as the command in processes of its own.
 //! One binary, a module for each kind of behaviour.
 
+mod blocking;
 mod command;
 mod descriptors;
 mod distribution;
@@ -12,6 +13,8 @@ mod lifecycle;
 mod limits;
 mod overload;
 mod panics;
+mod panics_by_place;
+mod panics_shown;
 mod scaling;
 mod shard;
 mod signals;

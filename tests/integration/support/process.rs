@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -24,6 +25,8 @@ pub struct Process {
 pub struct Ended {
     /// `None` when a signal ended it.
     pub status: Option<i32>,
+    /// The one that did.
+    pub signal: Option<i32>,
     pub printed: String,
 }
 
@@ -115,7 +118,7 @@ impl Process {
             }
         }
         let status = self.child.wait().expect("it is our child");
-        Ended { status: status.code(), printed: std::mem::take(&mut self.printed).join("\n") }
+        Ended { status: status.code(), signal: status.signal(), printed: std::mem::take(&mut self.printed).join("\n") }
     }
 
     /// What its open descriptors are, sorted.
@@ -131,6 +134,13 @@ impl Process {
 
     pub fn threads(&self) -> usize {
         fs::read_dir(format!("/proc/{}/task", self.id())).expect("it is running").count()
+    }
+
+    /// Whether one of its threads is called so.
+    pub fn has_thread(&self, name: &str) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.id())).expect("it is running");
+        let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        names.into_iter().any(|thread| thread.trim() == name)
     }
 
     /// Resident memory.
