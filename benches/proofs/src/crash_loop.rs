@@ -78,7 +78,11 @@ fn judge(arguments: &Arguments, seen: &Account, verdicts: &mut Verdicts) {
     verdicts.check(
         seen.quarantines.len() == slots - arguments.runs,
         "a slot is quarantined while others serve",
-        format!("{} of {}; after {middle:.1?} (median), {worst:.1?} (worst)", seen.quarantines.len(), slots - arguments.runs),
+        format!(
+            "{} of {}; after {middle:.1?} (median), {worst:.1?} (worst)",
+            seen.quarantines.len(),
+            slots - arguments.runs
+        ),
     );
     verdicts.check(
         seen.innocents.count() == 0,
@@ -147,7 +151,8 @@ async fn bring_down(arguments: &Arguments, account: &Rc<RefCell<Account>>) -> Re
         if around(meant) {
             account.in_flight += 1;
         } else {
-            account.innocents.note(|| format!("a new connection: {error}"));
+            let after = escapes.iter().filter(|at| **at < meant).map(|at| meant - *at).min();
+            account.innocents.note(|| format!("a new connection, begun {after:.1?} after an escape: {error}"));
         }
     }
     Ok(())
@@ -176,7 +181,11 @@ async fn watch(
     let began = Instant::now();
     while server.log_since(0, &["quarantined"]).len() <= victim {
         if began.elapsed() > Duration::from_secs(arguments.limit) {
-            return Err(format!("slot {victim} is not quarantined after {} s, says {}", arguments.limit, server.log_path()));
+            return Err(format!(
+                "slot {victim} is not quarantined after {} s, says {}",
+                arguments.limit,
+                server.log_path()
+            ));
         }
         sleep(Duration::from_millis(10)).await;
     }

@@ -128,10 +128,12 @@ async fn once(plan: Plan, number: u64, meant: Instant, account: Rc<RefCell<Fresh
     account.borrow_mut().lag.record(meant.elapsed());
     match in_time(ask_once(&plan, number, meant)).await {
         Ok(answered) => account.borrow_mut().answered.push(answered),
-        Err(error) => account
-            .borrow_mut()
-            .failed
-            .note(|| format!("connection {number}, {:.2?} after it was meant to begin: {error}", meant.elapsed())),
+        Err(error) => {
+            let mut account = account.borrow_mut();
+            let after = meant.elapsed();
+            account.failed.note(|| format!("connection {number}, {after:.2?} after it was meant to begin: {error}"));
+            account.failed_at.push((meant, error.to_string()));
+        }
     }
 }
 
@@ -238,6 +240,13 @@ pub async fn all(tasks: Vec<JoinHandle<()>>) -> Result<(), String> {
             .map_err(|error| format!("a client of the proof: {error}"))?;
     }
     Ok(())
+}
+
+/// One connection, one question.
+pub async fn ask_whoami(server: SocketAddr) -> io::Result<Whoami> {
+    let mut client = Client::connect(server).await?;
+    client.send(client::get("/whoami", true).as_bytes()).await?;
+    client::whoami(&client.answer().await?)
 }
 
 /// Connects until `executor` is met; the connection has been answered once.

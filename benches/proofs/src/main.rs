@@ -1,9 +1,12 @@
 //! Proofs that take long: each drives a `ringleader serve` as a black box on loopback, from a process of its own, and
 //! ends with a verdict per criterion. Exit status: 0 all met, 1 something missed, 2 the proof could not be run.
 
+mod activation;
 mod bodies;
 mod client;
+mod crash_loop;
 mod escapes;
+mod faults;
 mod histogram;
 mod idle;
 mod load;
@@ -61,6 +64,12 @@ enum Proof {
     Spread(spread::Arguments),
     /// Transfers of 1 GiB, and clients that read slowly
     Bodies(bodies::Arguments),
+    /// Start-ups that panic each time: quarantine, readiness, the end
+    CrashLoop(crash_loop::Arguments),
+    /// System calls that fail, stops, no CPU, no descriptors: the service goes on
+    Faults(faults::Arguments),
+    /// systemd: socket activation, READY=1, STOPPING=1
+    Activation(activation::Arguments),
     /// Handlers that panic: nobody but their own clients notices
     Panics(panics::Arguments),
     /// More and fewer executors by order, a thousand times
@@ -83,6 +92,9 @@ impl Proof {
             Self::Idle(arguments) => &arguments.common,
             Self::Spread(arguments) => &arguments.common,
             Self::Bodies(arguments) => &arguments.common,
+            Self::CrashLoop(arguments) => &arguments.common,
+            Self::Faults(arguments) => &arguments.common,
+            Self::Activation(arguments) => &arguments.common,
             Self::Panics(arguments) => &arguments.common,
             Self::Orders(arguments) => &arguments.common,
             Self::Ramp(arguments) => &arguments.common,
@@ -99,6 +111,9 @@ impl Proof {
             Self::Idle(arguments) => idle::run(arguments).await,
             Self::Spread(arguments) => spread::run(arguments).await,
             Self::Bodies(arguments) => bodies::run(arguments).await,
+            Self::CrashLoop(arguments) => crash_loop::run(arguments).await,
+            Self::Faults(arguments) => faults::run(arguments).await,
+            Self::Activation(arguments) => activation::run(arguments).await,
             Self::Panics(arguments) => panics::run(arguments).await,
             Self::Orders(arguments) => scaling::orders(arguments).await,
             Self::Ramp(arguments) => scaling::ramp(arguments).await,

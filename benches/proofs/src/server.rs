@@ -77,7 +77,14 @@ pub struct Server {
 impl Server {
     /// Starts a command and waits until it answers on the port. It runs on any CPU that this process began with, and
     /// pins itself.
-    pub fn start(mut command: Command, port: u16, log: &std::path::Path) -> Result<Self, String> {
+    pub fn start(command: Command, port: u16, log: &std::path::Path) -> Result<Self, String> {
+        let mut server = Self::spawn(command, port, log)?;
+        server.wait_until_it_answers()?;
+        Ok(server)
+    }
+
+    /// Starts it, and does not wait.
+    pub fn spawn(mut command: Command, port: u16, log: &std::path::Path) -> Result<Self, String> {
         let listeners = proc::listeners(port);
         if listeners > 0 {
             return Err(format!("{listeners} sockets listen on port {port} already: end that server or give --port"));
@@ -85,13 +92,12 @@ impl Server {
         let cpus = *ALLOWED.get().ok_or("the CPUs were not looked at before the client was pinned")?;
         let output = File::create(log).map_err(|error| format!("creating {}: {error}", log.display()))?;
         let errors = output.try_clone().map_err(|error| format!("duplicating a descriptor: {error}"))?;
-        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        // A backtrace takes tens of milliseconds, in the middle of what is measured.
+        command.env_remove("RUST_BACKTRACE").stdin(Stdio::null()).stdout(output).stderr(errors);
         sys::prepare_child(&mut command, cpus);
         let line = describe(&command);
         let child = command.spawn().map_err(|error| format!("starting {line}: {error}"))?;
-        let mut server = Self { child, port, log: log.to_owned(), command: line };
-        server.wait_until_it_answers()?;
-        Ok(server)
+        Ok(Self { child, port, log: log.to_owned(), command: line })
     }
 
     fn wait_until_it_answers(&mut self) -> Result<(), String> {

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use crate::client::{self, Client};
 use crate::load::{self, Kept, Over, Plan, in_time, middle_and_worst};
 use crate::network::{self, Counters};
 use crate::report::{Progress, Verdicts};
@@ -262,9 +261,7 @@ async fn upgrade(serving: &mut Serving) -> Result<Option<Took>, String> {
 }
 
 async fn who_serves(server: &Server) -> io::Result<u32> {
-    let mut client = in_time(Client::connect(server.address())).await?;
-    client.send(client::get("/whoami", true).as_bytes()).await?;
-    Ok(client::whoami(&in_time(client.answer()).await?)?.pid)
+    Ok(in_time(load::ask_whoami(server.address())).await?.pid)
 }
 
 /// How a process ended, if it does in time.
