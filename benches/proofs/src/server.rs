@@ -14,6 +14,8 @@ use crate::proc::{self, Sample};
 use crate::sys::{self, Cpus};
 
 const START_MAX: Duration = Duration::from_secs(20);
+/// A port is free again in this time after the end of its server.
+const RELEASE_MAX: Duration = Duration::from_secs(3);
 const STOP_MAX: Duration = Duration::from_secs(40);
 
 /// The CPUs that this process began with: the server's.
@@ -85,6 +87,11 @@ impl Server {
 
     /// Starts it, and does not wait.
     pub fn spawn(mut command: Command, port: u16, log: &std::path::Path) -> Result<Self, String> {
+        // The kernel takes the rings of an ended process down a little later, and with them the listeners they watch.
+        let began = Instant::now();
+        while proc::listeners(port) > 0 && began.elapsed() < RELEASE_MAX {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let listeners = proc::listeners(port);
         if listeners > 0 {
             return Err(format!("{listeners} sockets listen on port {port} already: end that server or give --port"));
