@@ -8,7 +8,7 @@ HOST := x86_64-unknown-linux-gnu
 # As in: make run ARGS="--listen [::]:8080 --executors 2"
 ARGS ?= --listen 127.0.0.1:8080
 # In order of the time they take, the shortest first.
-PROOFS ?= spread bodies scale idle escapes soak
+PROOFS ?= spread panics activation crash-loop bodies stall scale idle orders escapes upgrades ramp faults soak
 
 .PHONY: help run test test-asan check advisories bench bench-peers proofs clean toolchain test-tools bench-tools
 
@@ -20,7 +20,7 @@ help:
 	@echo 'make advisories   known defects of dependencies (with cargo-deny and the network)'
 	@echo 'make bench        micro benches: driver, inbox, steering, timers'
 	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
-	@echo 'make proofs       long runs: soak, escapes, idle, spread, bodies, scale; which ones in PROOFS="..."; flags in PROOFS_ARGS'
+	@echo 'make proofs       long runs (PROOFS in the Makefile names all); which ones in PROOFS="..."; flags in PROOFS_ARGS'
 
 run: toolchain
 	$(CARGO) run --release --bin ringleader -- serve $(ARGS)
@@ -59,7 +59,7 @@ bench-peers: toolchain bench-tools
 	$(TARGET)/release/bench-peers $(PEERS_ARGS)
 
 proofs: toolchain bench-tools
-	$(CARGO) build --release --package ringleader --package ringleader-proofs
+	$(CARGO) build --release --package ringleader --package ringleader-proofs --package ringleader-peers
 	@failed=; for proof in $(PROOFS); do \
 		echo "== $$proof"; \
 		$(TARGET)/release/ringleader-proofs $$proof --server $(TARGET)/release/ringleader $(PROOFS_ARGS) || failed="$$failed $$proof"; \
@@ -75,7 +75,7 @@ toolchain:
 
 # COMMAND:PACKAGE of Debian.
 test-tools: TOOLS = curl:curl strace:strace python3:python3
-bench-tools: TOOLS = wrk:wrk perf:linux-perf taskset:util-linux curl:curl
+bench-tools: TOOLS = wrk:wrk perf:linux-perf taskset:util-linux curl:curl strace:strace ip:iproute2
 test-tools bench-tools:
 	@missing=; for tool in $(TOOLS); do \
 		command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \

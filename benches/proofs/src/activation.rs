@@ -54,7 +54,14 @@ async fn activated(arguments: &Arguments, verdicts: &mut Verdicts) -> Result<(),
         let address = format!("127.0.0.1:{}", common.port);
         command.args(["-l", &address]).arg(&common.server).args(["serve", "--listen", &address]);
         command.args(["--executors", &EXECUTORS.to_string(), "--cpus", &common.cpus_or("0,1")]).args(&common.extra);
-        let server = Server::start(command, common.port, &common.scratch.join("ringleader-proofs-activation.log"))?;
+        let log = common.scratch.join("ringleader-proofs-activation.log");
+        let server = match Server::start(command, common.port, &log) {
+            Ok(server) => server,
+            Err(reason) => {
+                failed.note(|| reason);
+                continue;
+            }
+        };
         let over = Over::default();
         let rate = arguments.rate;
         let fresh = Plan::whoami(server.address()).run(move |_| rate, &over);
