@@ -21,13 +21,15 @@ use crate::server::{Common, Server};
 
 /// Executors that orders go up to.
 pub const MOST: usize = 8;
+/// After this an order has been carried out.
+const SETTLE: Duration = Duration::from_secs(2);
 const ORDER_MAX: Duration = Duration::from_secs(60);
 
 #[derive(clap::Args)]
 pub struct Orders {
     #[command(flatten)]
     pub common: Common,
-    /// Orders, each awaited
+    /// Orders, each accepted before the next
     #[arg(long, default_value_t = 1000)]
     runs: usize,
     /// New connections a second meanwhile
@@ -36,6 +38,9 @@ pub struct Orders {
     /// Clients that keep their connections
     #[arg(long, default_value_t = 32)]
     keep_alive: usize,
+    /// Milliseconds between two orders; executors start and drain meanwhile
+    #[arg(long, value_name = "MS", default_value_t = 50)]
+    pace: u64,
     /// Of the random counts
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -72,7 +77,7 @@ pub async fn orders(arguments: &Orders) -> Result<Verdicts, String> {
     let (done, (middle, worst)) = (times.len(), middle_and_worst(times));
     verdicts.check(
         done == arguments.runs,
-        "every order is carried out",
+        "every order is accepted",
         format!("{done} of {} {refused}; {middle:.1?} (median), {worst:.1?} (worst)", arguments.runs),
     );
     let failures = fresh.failed.show("failures");
@@ -89,6 +94,10 @@ pub async fn orders(arguments: &Orders) -> Result<Verdicts, String> {
     }
     let lag = fresh.lag.percentile(0.99);
     verdicts.check(fresh.is_honest(), "the load kept its schedule", format!("lag p99 {lag:.2?}"));
+    for count in [1, MOST] {
+        let there = settles(&server, control, count).await?;
+        verdicts.check(there == count, &format!("{count} ordered, {count} there"), format!("{there}"));
+    }
     let (status, time) = server.stop()?;
     verdicts.check(status.success(), "the server stops in order", format!("{status} after {time:.2?}"));
     Ok(verdicts)
@@ -115,12 +124,27 @@ async fn give_orders(arguments: &Orders, control: u16) -> Result<(Vec<Duration>,
             other if refused.is_empty() => refused = format!("(order {number}, to {count}: {other:?})"),
             _ => {}
         }
+        sleep(Duration::from_millis(arguments.pace)).await;
         if !refused.is_empty() && times.is_empty() {
             break;
         }
         progress.say(|| format!("{number} orders"));
     }
     Ok((times, refused))
+}
+
+/// Whether the last orders were not only accepted: how many executors answer some time after one.
+async fn settles(server: &Server, control: u16, count: usize) -> Result<usize, String> {
+    let explain = |error: std::io::Error| format!("ordering {count} executors on port {control}: {error}");
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, control)).await.map_err(explain)?;
+    stream.write_all(format!("scale {count}\n").as_bytes()).await.map_err(explain)?;
+    sleep(SETTLE).await;
+    let mut seen = HashSet::new();
+    for _ in 0..PROBES as usize {
+        let who = load::in_time(load::ask_whoami(server.address())).await;
+        seen.insert(who.map_err(|error| format!("asking who is there: {error}"))?.executor);
+    }
+    Ok(seen.len())
 }
 
 #[derive(clap::Args)]

@@ -76,7 +76,7 @@ fn describe(handle: &Handle) -> String {
     format!("ready {} generations {}", stats.ready, generations.join(" "))
 }
 
-/// Answers each order with `ok` or a reason, when it has been carried out.
+/// Answers each order with `ok` or a reason, when it has been accepted or refused.
 fn take_orders(listener: &TcpListener, handle: &Handle) {
     for connection in listener.incoming().flatten() {
         let Ok(mut answers) = connection.try_clone() else { continue };
@@ -91,8 +91,6 @@ fn take_orders(listener: &TcpListener, handle: &Handle) {
     }
 }
 
-/// LEAD: when `Handle::scale` is there, this is `handle.scale(count).wait().map(drop).map_err(|error| error.to_string())`,
-/// and `run` has to make room for as many executors as the proof orders ([`crate::scaling::MOST`]).
-fn scale(_handle: &Handle, count: usize) -> Result<(), String> {
-    Err(format!("the library cannot scale to {count} yet"))
+fn scale(handle: &Handle, count: usize) -> Result<(), String> {
+    handle.scale(count).wait().map_err(|error| error.to_string())
 }
