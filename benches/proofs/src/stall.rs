@@ -2,7 +2,7 @@
 //! same architecture without a supervisor.
 //!
 //! Which connections went to the stalled executor is judged from outside: those that it answered when it was done, and
-//! those that waited for much longer than others, since somebody had to fetch them from its queue first.
+//! those that waited for longer than any in the second half of the stall: somebody had to fetch them from its queue first.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -38,7 +38,7 @@ pub struct Arguments {
     /// Milliseconds in which a connection opened during the stall is answered
     #[arg(long, value_name = "MS", default_value_t = 250)]
     answer_limit: u64,
-    /// Milliseconds of waiting from which a connection is taken to have been in the stalled executor's queue
+    /// Milliseconds of waiting from which a connection may be taken to have been in the stalled executor's queue
     #[arg(long, value_name = "MS", default_value_t = 20)]
     held: u64,
     /// Requests a second, on new connections, of the runs with two executors
@@ -140,9 +140,12 @@ async fn spin(client: &mut Client, milliseconds: u64) -> Result<Instant, String>
 }
 
 fn sort_out(arguments: &Arguments, fresh: Fresh, began: Instant, ended: Instant) -> Stall {
-    let held = Duration::from_millis(arguments.held);
     let opened: Vec<&Answered> =
         fresh.answered.iter().filter(|answered| (began..ended).contains(&answered.meant)).collect();
+    // Once a stall is known, nobody should wait for it any more: how long others wait then is the machine's doing.
+    let late = opened.iter().filter(|answered| answered.meant > began + (ended - began) / 2);
+    let usual = late.map(|answered| answered.wait()).max().unwrap_or_default();
+    let held = usual.max(Duration::from_millis(arguments.held));
     let at_victim = |answered: &Answered| answered.who.is_some_and(|who| who.executor == VICTIM);
     let went = |answered: &&&Answered| at_victim(answered) || answered.wait() > held;
     let gone: Vec<_> = opened.iter().filter(went).collect();
