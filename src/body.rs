@@ -13,10 +13,11 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::BoxError;
+use crate::files::FileBody;
 use crate::time::Sleep;
 
-/// A request's body, and the default body of a response: empty, one piece of bytes, what arrives on a connection, or
-/// any [`http_body::Body`]. An empty one and one of bytes cost no allocation.
+/// A request's body, and the default body of a response: empty, one piece of bytes, what arrives on a connection, a file,
+/// or any [`http_body::Body`]. An empty one and one of bytes cost no allocation.
 ///
 /// ```
 /// use ringleader::Body;
@@ -34,6 +35,7 @@ enum Inner {
     /// Boxed, for it is large: a request without a body must stay small, since futures that hold it are moved about.
     Incoming(Box<Upload>),
     Boxed(Pin<Box<dyn HttpBody<Data = Bytes, Error = BoxError> + Send>>),
+    File(Box<FileBody>),
 }
 
 /// A request body as it arrives, with its limits.
@@ -108,6 +110,14 @@ impl Body {
         Self { inner, connection: Some(connection) }
     }
 
+    /// The file that this body is, for who can send it better than by frames.
+    pub(crate) fn file_mut(&mut self) -> Option<&mut FileBody> {
+        match &mut self.inner {
+            Inner::File(file) => Some(file),
+            _ => None,
+        }
+    }
+
     /// The connection that this request came on; `None` for a body that came on none.
     #[must_use]
     pub fn connection(&self) -> Option<&Connection> {
@@ -161,6 +171,18 @@ impl<T: Into<Bytes>> From<T> for Body {
     }
 }
 
+/// A file of [`Files`](crate::Files). As long as it is not wrapped into another body, a large one is sent by the kernel from
+/// its page cache.
+impl From<FileBody> for Body {
+    fn from(file: FileBody) -> Self {
+        let inner = match file.into_bytes() {
+            Ok(bytes) => return Self::from(bytes),
+            Err(file) => Inner::File(Box::new(file)),
+        };
+        Self { inner, connection: None }
+    }
+}
+
 impl fmt::Debug for Body {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = match &self.inner {
@@ -168,6 +190,7 @@ impl fmt::Debug for Body {
             Inner::Full(_) => "full",
             Inner::Incoming(_) => "incoming",
             Inner::Boxed(_) => "boxed",
+            Inner::File(_) => "file",
         };
         formatter.debug_tuple("Body").field(&kind).finish()
     }
@@ -192,6 +215,9 @@ impl HttpBody for Body {
                 .as_mut()
                 .poll_frame(context)
                 .map(|frame| frame.map(|frame| frame.map_err(|error| BodyError(BodyErrorKind::Source(error))))),
+            Inner::File(file) => Pin::new(&mut **file)
+                .poll_frame(context)
+                .map_err(|error| BodyError(BodyErrorKind::Source(error.into()))),
         }
     }
 
@@ -201,6 +227,7 @@ impl HttpBody for Body {
             Inner::Full(_) => false,
             Inner::Incoming(upload) => upload.incoming.is_end_stream(),
             Inner::Boxed(body) => body.is_end_stream(),
+            Inner::File(file) => file.is_end_stream(),
         }
     }
 
@@ -210,6 +237,7 @@ impl HttpBody for Body {
             Inner::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Inner::Incoming(upload) => upload.incoming.size_hint(),
             Inner::Boxed(body) => body.size_hint(),
+            Inner::File(file) => file.size_hint(),
         }
     }
 }

@@ -1,15 +1,10 @@
 //! The built-in application: a few endpoints to try a server with, to measure it and to break it.
 
-use std::io;
 use std::path::Path;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
 
-use bytes::Bytes;
 use http::{HeaderValue, header};
-use http_body::{Body as HttpBody, Frame, SizeHint};
-use ringleader::{Body, BoxError, FileBody, Files, Request, Response, Service, Shard, StatusCode};
+use ringleader::{Body, BoxError, Files, Request, Response, Service, Shard, StatusCode};
 
 use super::{Failure, chaos};
 
@@ -61,17 +56,16 @@ const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 impl Service for OnShard {
-    type Body = AppBody;
+    type Body = Body;
 
-    async fn call(&self, request: Request) -> Result<Response<AppBody>, BoxError> {
+    async fn call(&self, request: Request) -> Result<Response, BoxError> {
         if self.chaos && request.uri().path().starts_with("/chaos/") {
-            let answer = Box::pin(chaos::respond(&self.shard, &request)).await;
-            return answer.map(|response| response.map(AppBody::Plain));
+            return Box::pin(chaos::respond(&self.shard, &request)).await;
         }
         match &self.files {
             // Boxed like the one above: a connection keeps room for the largest future its service makes.
-            Some(files) => Ok(Box::pin(files.respond(&request)).await.map(AppBody::File)),
-            None => self.built_in(request).map(|response| response.map(AppBody::Plain)),
+            Some(files) => Ok(Box::pin(files.respond(&request)).await.map(Body::from)),
+            None => self.built_in(request),
         }
     }
 }
@@ -120,36 +114,4 @@ fn echo(request: Request) -> Response {
         response.headers_mut().insert(header::CONTENT_TYPE, content_type.clone());
     }
     response
-}
-
-/// The body of either kind of answer.
-pub(crate) enum AppBody {
-    Plain(Body),
-    File(FileBody),
-}
-
-impl HttpBody for AppBody {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        match self.get_mut() {
-            Self::Plain(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
-            Self::File(body) => Pin::new(body).poll_frame(context).map_err(|error: io::Error| error.into()),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Plain(body) => body.is_end_stream(),
-            Self::File(body) => body.is_end_stream(),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Plain(body) => body.size_hint(),
-            Self::File(body) => body.size_hint(),
-        }
-    }
 }

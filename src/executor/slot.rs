@@ -25,6 +25,7 @@ use crate::settings::Settings;
 use crate::sys::cpu_clock::ThreadClock;
 use crate::sys::eventfd::EventFd;
 use crate::sys::heartbeats::Heartbeat;
+use crate::sys::socket;
 use crate::sys::stack_sample::ThreadId;
 
 /// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
@@ -205,6 +206,9 @@ impl Drop for ThreadGuard {
 }
 
 fn execute(seat: &SlotSeat) {
+    if let Err(error) = socket::block_sigpipe() {
+        tracing::warn!(slot = seat.slot, %error, "SIGPIPE is not blocked on an executor; harmless while the program ignores it");
+    }
     let executor = LocalExecutorBuilder::new(Placement::Fixed(seat.cpu))
         .name(&seat.settings.name)
         .io_memory(GLOMMIO_IO_MEMORY_BYTES)

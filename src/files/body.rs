@@ -11,6 +11,9 @@
 //! overlap). For hot files nothing is read ahead: the page cache is the buffer. What hyper itself
 //! gathers before it writes is hyper's `max_buf_size`.
 //!
+//! **Past this memory.** A large body on a connection of ours is not read at all: its connection asks which bytes are in
+//! memory ([`FileBody::resident`]) and has the kernel send those, and takes frames for the others.
+//!
 //! **A body dropped half-way** (the client went away) either owns its file, which drops and closes,
 //! or has lent it to a read in flight. Then the drop of that read's future does this, in order, in
 //! glommio 0.9:
@@ -25,6 +28,7 @@
 //! So an executor has to turn once more after its last body was dropped; one that ends in that very
 //! moment leaves the descriptor open.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
@@ -34,9 +38,11 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker, ready};
+use std::thread::{self, ThreadId};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
+use slab::Slab;
 
 use super::open::{self, Nowait};
 use super::pending::Pending;
@@ -47,8 +53,14 @@ use super::range::ByteRange;
 /// smallest of the good ones.
 pub(super) const CHUNK_BYTES: usize = 64 << 10;
 
-/// The body of every response of [`Files`](super::Files). Not `Send`: it may hold a read in its
-/// executor's ring.
+/// Bodies of this size and more are sent by sendfile(2), where they can be; smaller ones that are in memory are read
+/// and leave in one write with their head. Measured, see ARCHITECTURE.md.
+pub(super) const SENDFILE_BYTES_MIN: u64 = 64 << 10;
+
+/// The body of every response of [`Files`](super::Files).
+///
+/// It is `Send`, so that a [`Body`](crate::Body) made of it is. But a read from the disk that has begun is its executor's:
+/// polled on another thread, it fails.
 ///
 /// Its error is an I/O error from the disk, or `UnexpectedEof` when the file became shorter than
 /// the response had promised; the connection is then to be closed, as hyper does. A file that grew
@@ -78,7 +90,7 @@ impl Part {
 }
 
 impl FileBody {
-    pub(super) fn empty() -> FileBody {
+    pub(crate) fn empty() -> FileBody {
         FileBody(Inner::Empty)
     }
 
@@ -87,15 +99,71 @@ impl FileBody {
     }
 
     /// Streams `parts`. `first` is what has been read already from the start of the first part;
-    /// `nowait` says whether the file's file system knows RWF_NOWAIT.
-    pub(super) fn stream(file: File, parts: VecDeque<Part>, first: Option<Bytes>, nowait: bool) -> FileBody {
+    /// `nowait` says whether the file's file system knows RWF_NOWAIT, `sendfile` whether the connection may send it.
+    pub(super) fn stream(
+        file: File,
+        parts: VecDeque<Part>,
+        first: Option<Bytes>,
+        nowait: bool,
+        sendfile: bool,
+    ) -> FileBody {
         let remaining = parts.iter().map(Part::length).sum();
         let state = match first {
             Some(bytes) => State::Ready(file, bytes),
             None => State::Idle(file),
         };
         let reader = Some(Reader { state, nowait, chunk_bytes: CHUNK_BYTES });
-        FileBody(Inner::Stream(Box::new(Stream { parts, remaining, reader })))
+        FileBody(Inner::Stream(Box::new(Stream { parts, remaining, reader, sendfile })))
+    }
+}
+
+/// Bytes of a file that are in memory.
+pub(crate) struct Resident<'a> {
+    pub file: &'a File,
+    pub position: u64,
+    /// Exclusive.
+    pub end: u64,
+}
+
+/// What a connection asks of a body that it sends past this memory.
+impl FileBody {
+    /// The bytes, when they have been read already.
+    pub(crate) fn into_bytes(self) -> Result<Bytes, FileBody> {
+        match self.0 {
+            Inner::Empty => Ok(Bytes::new()),
+            Inner::Full(bytes) => Ok(bytes),
+            Inner::Stream(_) => Err(self),
+        }
+    }
+
+    /// Whether it gains from being sent by sendfile(2).
+    pub(crate) fn is_for_sendfile(&self) -> bool {
+        match &self.0 {
+            Inner::Stream(stream) => stream.sendfile && stream.remaining >= SENDFILE_BYTES_MIN,
+            Inner::Empty | Inner::Full(_) => false,
+        }
+    }
+
+    /// Those of the next bytes, `most` at most, that are in memory: to be sent now, and reported to
+    /// [`FileBody::advance`]. `None` when a frame is to be taken.
+    ///
+    /// # Errors
+    /// As preadv2(2).
+    pub(crate) fn resident(&mut self, most: u64) -> io::Result<Option<Resident<'_>>> {
+        match &mut self.0 {
+            Inner::Stream(stream) => stream.resident(most),
+            Inner::Empty | Inner::Full(_) => Ok(None),
+        }
+    }
+
+    /// So many of the resident bytes have been sent.
+    pub(crate) fn advance(&mut self, count: u64) {
+        if let Inner::Stream(stream) = &mut self.0
+            && let Some(Part::File(range)) = stream.parts.front_mut()
+        {
+            range.start += count;
+            stream.took(Some(count));
+        }
     }
 }
 
@@ -123,7 +191,8 @@ impl Body for FileBody {
 }
 
 impl FileBody {
-    fn remaining(&self) -> u64 {
+    /// Bytes still promised.
+    pub(crate) fn remaining(&self) -> u64 {
         match &self.0 {
             Inner::Empty => 0,
             Inner::Full(bytes) => bytes.len() as u64,
@@ -145,6 +214,8 @@ struct Stream {
     /// Gone as soon as it is not needed, so that a finished body holds no descriptor while hyper
     /// still flushes.
     reader: Option<Reader>,
+    /// It may be sent by sendfile(2).
+    sendfile: bool,
 }
 
 impl Stream {
@@ -156,20 +227,42 @@ impl Stream {
             }
             (None, _) | (Some(Part::File(_)), None) => return Poll::Ready(None),
         };
-        match &chunk {
-            Ok(bytes) => {
-                self.remaining -= bytes.len() as u64;
+        self.took(chunk.as_ref().map(|bytes| bytes.len() as u64).ok());
+        Poll::Ready(Some(chunk))
+    }
+
+    /// So many bytes of the first part are done with; `None`: the body has failed, and is over.
+    fn took(&mut self, count: Option<u64>) {
+        match count {
+            Some(count) => {
+                self.remaining -= count;
                 if self.parts.front().is_some_and(|part| part.length() == 0) {
                     self.parts.pop_front();
                 }
             }
-            Err(_) => self.parts.clear(),
+            None => self.parts.clear(),
         }
         if self.parts.is_empty() {
             self.reader = None;
             self.remaining = 0;
         }
-        Poll::Ready(Some(chunk))
+    }
+
+    fn resident(&mut self, most: u64) -> io::Result<Option<Resident<'_>>> {
+        let (Some(Part::File(range)), Some(reader)) = (self.parts.front(), &mut self.reader) else { return Ok(None) };
+        let State::Idle(file) = &reader.state else { return Ok(None) };
+        if !reader.nowait {
+            return Ok(None);
+        }
+        match open::resident_bytes(file, range.start, range.length().min(most)) {
+            Ok(0) => Ok(None),
+            Ok(count) => Ok(Some(Resident { file, position: range.start, end: range.start + count })),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                reader.nowait = false;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -267,13 +360,20 @@ fn shrunk(range: ByteRange) -> io::Error {
 
 type ReadFuture = Pin<Box<dyn Future<Output = io::Result<(File, Bytes)>>>>;
 
+thread_local! {
+    /// Reads of this thread's bodies; `None` while one is polled. They are bound to the thread, and the bodies are not.
+    static READS: RefCell<Slab<Option<ReadFuture>>> = const { RefCell::new(Slab::new()) };
+}
+
 /// One read by glommio.
 ///
 /// glommio's read stores another clone of the waker each time it is polled while pending, and hyper
 /// polls a body for reasons of its own. So the future is polled only when it has been woken, with a
 /// waker of ours that passes the wake on.
 struct DiskRead {
-    future: ReadFuture,
+    /// Where its future is, in [`READS`] of this thread.
+    thread: ThreadId,
+    key: usize,
     relay: Arc<Relay>,
 }
 
@@ -285,7 +385,9 @@ struct Relay {
 impl DiskRead {
     fn new(file: File, position: u64, length: usize) -> DiskRead {
         let relay = Relay { woken: AtomicBool::new(true), task: Mutex::new(Waker::noop().clone()) };
-        DiskRead { future: Box::pin(read_from_disk(file, position, length)), relay: Arc::new(relay) }
+        let future: ReadFuture = Box::pin(read_from_disk(file, position, length));
+        let key = READS.with_borrow_mut(|reads| reads.insert(Some(future)));
+        DiskRead { thread: thread::current().id(), key, relay: Arc::new(relay) }
     }
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(File, Bytes)>> {
@@ -293,8 +395,32 @@ impl DiskRead {
         if !self.relay.woken.swap(false, Ordering::Acquire) {
             return Poll::Pending;
         }
+        if thread::current().id() != self.thread {
+            return Poll::Ready(Err(io::Error::other(
+                "a file body was polled on another thread than the one it began on",
+            )));
+        }
+        let future = READS.with_borrow_mut(|reads| reads[self.key].take());
+        let Some(mut future) = future else {
+            return Poll::Ready(Err(io::Error::other("a read was polled after its end")));
+        };
         let waker = Waker::from(Arc::clone(&self.relay));
-        self.future.as_mut().poll(&mut Context::from_waker(&waker))
+        let polled = future.as_mut().poll(&mut Context::from_waker(&waker));
+        if polled.is_pending() {
+            READS.with_borrow_mut(|reads| reads[self.key] = Some(future));
+        }
+        polled
+    }
+}
+
+impl Drop for DiskRead {
+    fn drop(&mut self) {
+        // On another thread, it stays where it is until its own one ends.
+        if thread::current().id() == self.thread {
+            // Dropped outside of the borrow. The table has gone already when the thread is ending.
+            let future = READS.try_with(|reads| reads.borrow_mut().try_remove(self.key));
+            drop(future);
+        }
     }
 }
 

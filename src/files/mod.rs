@@ -57,13 +57,14 @@ use http::header::{ACCEPT_RANGES, ALLOW, CONTENT_RANGE, HeaderMap, HeaderValue, 
 use http::{Method, Request, Response, StatusCode, Uri};
 
 pub use body::FileBody;
+pub(crate) use body::Resident;
 pub use offload::{Job, Offload, Overloaded};
 pub(crate) use pending::outstanding;
 
 use answer::{
     BYTES, HTML, Refusal, content_type, multipart_parts, page_response, redirect, response, value, with_content,
 };
-use body::{CHUNK_BYTES, Part};
+use body::{CHUNK_BYTES, Part, SENDFILE_BYTES_MIN};
 use conditional::{Outcome, Validators};
 use offload::Helper;
 use open::{Lookup, Nowait, Opened, Regular};
@@ -79,6 +80,7 @@ pub struct Files {
     index: String,
     listing: bool,
     offload: Arc<dyn Offload>,
+    sendfile: bool,
     /// The kernel knows `RESOLVE_CACHED`.
     cached_lookup: bool,
     /// The file system knows `RWF_NOWAIT`, as far as has been seen.
@@ -108,6 +110,7 @@ impl Files {
             index: "index.html".into(),
             listing: false,
             offload: Arc::new(Helper::default()),
+            sendfile: true,
             cached_lookup,
             nowait: AtomicBool::new(true),
         })
@@ -126,6 +129,17 @@ impl Files {
     #[must_use]
     pub fn index(mut self, name: impl Into<String>) -> Files {
         self.index = name.into();
+        self
+    }
+
+    /// Whether large files are sent by sendfile(2) from the page cache, as nginx does with `sendfile on`; they are by
+    /// default. What the kernel has queued for a client shares its memory with the file until the client has it. So a file
+    /// that is cut or written to **in place** meanwhile may reach the client in a mixture of old, new and zeroes; without
+    /// sendfile only the parts that were read later are new. Files that are replaced by renaming are sent as they were,
+    /// either way.
+    #[must_use]
+    pub fn sendfile(mut self, sendfile: bool) -> Files {
+        self.sendfile = sendfile;
         self
     }
 
@@ -265,21 +279,21 @@ impl Files {
         let boundary = format!("{:016x}{:016x}", random(), random());
         let parts = multipart_parts(ranges, &boundary, part_type, file.length);
         let length = parts.iter().map(Part::length).sum();
-        let body = FileBody::stream(file.file, parts, None, self.nowait.load(Ordering::Relaxed));
+        let body = FileBody::stream(file.file, parts, None, self.nowait.load(Ordering::Relaxed), self.sendfile);
         let content_type = value(format!("multipart/byteranges; boundary={boundary}"));
         with_content(StatusCode::PARTIAL_CONTENT, validators, length, content_type, body)
     }
 
-    /// A body of one range. When the page cache has all of it and it fits one chunk, it is read
-    /// here and now: head and body then leave in one write, and the file is closed before the
-    /// response is sent.
+    /// A body of one range. When it is small and the page cache has all of it, it is read here and
+    /// now: head and body then leave in one write, and the file is closed before the response is
+    /// sent.
     fn body(&self, file: File, range: ByteRange) -> io::Result<FileBody> {
         if range.length() == 0 {
             return Ok(FileBody::empty());
         }
         let nowait = self.nowait.load(Ordering::Relaxed);
         let mut first = None;
-        if nowait {
+        if nowait && (range.length() < SENDFILE_BYTES_MIN || !self.sendfile) {
             let length = usize::try_from(range.length()).map_or(CHUNK_BYTES, |length| length.min(CHUNK_BYTES));
             match open::read_nowait(&file, range.start, length)? {
                 Nowait::Bytes(bytes) if bytes.len() as u64 == range.length() => {
@@ -290,7 +304,7 @@ impl Files {
                 Nowait::Cold | Nowait::End => {}
             }
         }
-        Ok(FileBody::stream(file, VecDeque::from([Part::File(range)]), first, nowait))
+        Ok(FileBody::stream(file, VecDeque::from([Part::File(range)]), first, nowait, self.sendfile))
     }
 }
 

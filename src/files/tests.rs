@@ -504,6 +504,48 @@ fn a_cold_file_goes_through_glommio_and_a_hot_one_does_not() {
 
 /// tmpfs knows no RWF_NOWAIT (Linux 6.18).
 #[test]
+fn residence_is_known_to_the_page() {
+    const PAGES: u64 = 256;
+    let directory = Directory::new();
+    let path = directory.file("f", noise(PAGES as usize * 4096 - 100));
+    let file = File::open(&path).expect("the file");
+    let length = PAGES * 4096 - 100;
+    match open::resident_bytes(&file, 0, length) {
+        Ok(resident) => assert_eq!(resident, length, "it has just been written"),
+        Err(error) => return assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP)),
+    }
+    for (position, length) in [(0, 1), (4095, 1), (4095, 2), (5000, 300_000), (length - 1, 1), (4096, 8192), (1, 4096)]
+    {
+        assert_eq!(open::resident_bytes(&file, position, length).expect("readable"), length, "{position}");
+    }
+    assert_eq!(open::resident_bytes(&file, length, 1).expect("readable"), 0, "the end");
+    make_cold(&path);
+    let resident = open::resident_bytes(&file, 4097, 100_000).expect("readable");
+    // A file system may keep the pages; and the question may have begun to read them.
+    assert!(resident < 100_000 || open::resident_bytes(&file, 0, length).expect("readable") == length);
+}
+
+#[test]
+fn bodies_may_change_threads_but_not_in_the_middle_of_a_read() {
+    let directory = Directory::new();
+    directory.file("f", noise(1 << 20));
+    let files = directory.files();
+    files.nowait.store(false, Ordering::Relaxed);
+    on_executor(async {
+        let mut body = get(&files, "/f", &[]).await.into_body();
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(Pin::new(&mut body).poll_frame(&mut context).is_pending(), "glommio reads");
+        let error = std::thread::spawn(move || {
+            let frame = Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop()));
+            assert!(matches!(&frame, std::task::Poll::Ready(Some(Err(_)))), "not here");
+            body
+        });
+        let mut body = error.join().expect("no panic");
+        assert!(next_chunk(&mut body).await.is_none(), "it has failed");
+    });
+}
+
+#[test]
 fn a_file_system_without_nowait_is_read_through_glommio() {
     let shared_memory = Path::new("/dev/shm");
     if !shared_memory.is_dir() {

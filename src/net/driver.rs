@@ -268,17 +268,47 @@ impl Driver {
     /// entry; that saves a system call each. A queued write has been taken: its error is met by the next one.
     pub(crate) fn send(&mut self, key: u32, bytes: &[u8], context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let socket = &mut self.sockets[key as usize];
+        let free = socket.send_error.is_none() && socket.sending.is_none() && socket.writable.is_none();
+        if free && self.batching && bytes.len() <= QUEUED_SEND_BYTES_MAX {
+            let mut copy = self.spare.pop().unwrap_or_default();
+            copy.extend_from_slice(bytes);
+            socket.sending = Some(self.ring.send(socket.fd.as_fd(), copy, key));
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        self.send_directly(key, context, |fd| socket::send(fd, bytes))
+    }
+
+    /// [`Driver::send`] of what more is to follow at once: never queued, and kept by the kernel for what follows.
+    pub(crate) fn send_ahead(&mut self, key: u32, bytes: &[u8], context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.send_directly(key, context, |fd| socket::send_ahead(fd, bytes))
+    }
+
+    /// Sends `length` bytes of `file` at `position`, or as many of them as are taken now; 0 when the file ends there.
+    /// They should be in memory: for those that are not, the kernel waits for the disk.
+    pub(crate) fn send_file(
+        &mut self,
+        key: u32,
+        file: BorrowedFd<'_>,
+        position: u64,
+        length: usize,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        self.send_directly(key, context, |fd| socket::send_file(fd, file, position, length))
+    }
+
+    /// Sends by a system call, once a queued send has gone and while there is room.
+    fn send_directly(
+        &mut self,
+        key: u32,
+        context: &mut Context<'_>,
+        send: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        let socket = &mut self.sockets[key as usize];
         if let Some(errno) = socket.send_error {
             return Poll::Ready(Err(io::Error::from_raw_os_error(errno)));
         }
         if socket.sending.is_none() && socket.writable.is_none() {
-            if self.batching && bytes.len() <= QUEUED_SEND_BYTES_MAX {
-                let mut copy = self.spare.pop().unwrap_or_default();
-                copy.extend_from_slice(bytes);
-                socket.sending = Some(self.ring.send(socket.fd.as_fd(), copy, key));
-                return Poll::Ready(Ok(bytes.len()));
-            }
-            match socket::send(socket.fd.as_fd(), bytes) {
+            match send(socket.fd.as_fd()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     socket.writable = Some(self.ring.writable(socket.fd.as_fd(), key));
                 }

@@ -218,6 +218,43 @@ fn an_abandoned_connection_is_closed_and_its_number_can_be_used_again() {
     drop(third);
 }
 
+/// What is sent directly, from a file too, waits for what was queued before it.
+#[test]
+fn a_file_does_not_overtake_a_queued_send() {
+    let mut driver = driver(4, 64);
+    let path = std::env::temp_dir().join(format!("ringleader-driver-{}", std::process::id()));
+    std::fs::write(&path, [2; 5000]).expect("there is room");
+    let file = std::fs::File::open(&path).expect("it is there");
+    std::fs::remove_file(&path).expect("it is ours");
+    let (ours, mut peer) = pair();
+    let key = driver.adopt(ours);
+    driver.begin_turn(MANY);
+    assert_eq!(send(&mut driver, key, &[1; 1000]), 1000, "queued");
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(driver.send_file(key, file.as_fd(), 0, 4000, &mut context).is_pending());
+    assert!(driver.send_ahead(key, &[3], &mut context).is_pending());
+    turn_until(&mut driver, "the queued send", |driver| {
+        match driver.send_file(key, file.as_fd(), 1000, 9000, &mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(sent) => {
+                assert_eq!(sent.expect("the peer is there"), 4000, "as much as there is");
+                true
+            }
+            Poll::Pending => false,
+        }
+    });
+    assert!(matches!(driver.send_file(key, file.as_fd(), 5000, 1, &mut context), Poll::Ready(Ok(0))), "its end");
+    assert!(matches!(driver.send_ahead(key, &[3; 10], &mut context), Poll::Ready(Ok(10))));
+    let mut received = Vec::new();
+    turn_until(&mut driver, "all of it", |_| {
+        let mut buffer = [0; 8192];
+        if let Ok(count) = peer.read(&mut buffer) {
+            received.extend_from_slice(&buffer[..count]);
+        }
+        received.len() == 5010
+    });
+    assert!(received == [&[1; 1000][..], &[2; 4000], &[3; 10]].concat());
+}
+
 /// A queued send has been taken: the peer gets it although the connection is given up while it waits for room.
 #[test]
 fn an_abandoned_connection_still_sends_what_was_taken() {

@@ -2,9 +2,10 @@
 //! is involved), so that the ecosystem's protocol crates work on it.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use hyper::rt::ReadBufCursor;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -12,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::executor::core::Core;
 
 /// Bytes a connection may send in one turn of the executor before it yields to the others: fairness between one bulk
-/// download and many small requests. 256 KiB is about 50 µs of copying.
+/// download and many small requests. 256 KiB is about 50 µs of copying. A direct send may overshoot it.
 const SEND_BYTES_PER_TURN_MAX: usize = 256 * 1024;
 /// The same for receiving.
 const RECEIVE_BYTES_PER_TURN_MAX: usize = 256 * 1024;
@@ -73,11 +74,45 @@ impl Stream {
         polled
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if !self.within_budget(context) {
-            return Poll::Pending;
-        }
+    /// Bytes it may still send in this turn; at least one.
+    pub(crate) fn poll_send_budget(&mut self, context: &mut Context<'_>) -> Poll<usize> {
+        if self.within_budget(context) { Poll::Ready(SEND_BYTES_PER_TURN_MAX - self.sent) } else { Poll::Pending }
+    }
+
+    pub(crate) fn poll_send(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_send_budget(context));
         let polled = self.core.driver().send(self.key, bytes, context);
+        self.count_sent(polled)
+    }
+
+    /// Sends what more is to follow at once.
+    pub(crate) fn poll_send_ahead(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_send_budget(context));
+        let polled = self.core.driver().send_ahead(self.key, bytes, context);
+        self.count_sent(polled)
+    }
+
+    /// Sends from a file, past our memory; at least a byte. What is sent should be in the page cache.
+    ///
+    /// # Errors
+    /// The socket's, and `UnexpectedEof` when the file ends at `position`.
+    pub(crate) fn poll_send_file(
+        &mut self,
+        context: &mut Context<'_>,
+        file: BorrowedFd<'_>,
+        position: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        let length = length.min(ready!(self.poll_send_budget(context)));
+        let polled = self.core.driver().send_file(self.key, file, position, length, context);
+        if let Poll::Ready(Ok(0)) = polled {
+            let shrunk = format!("the file became shorter while it was sent: it has no byte {position} any more");
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, shrunk)));
+        }
+        self.count_sent(polled)
+    }
+
+    fn count_sent(&mut self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(count)) = polled {
             self.sent += count;
         }

@@ -13,6 +13,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::http1::Activity;
+use super::outgoing::{self, Outgoing};
 use crate::body::BodyError;
 use crate::executor::core::{Core, Scene};
 use crate::panics::{Panic, caught};
@@ -83,8 +84,10 @@ pin_project! {
         #[pin]
         body: Option<B>,
         text: Option<Bytes>,
-        // Dropped with the body, when hyper is done with it.
-        in_flight: InFlight,
+        // Dropped with the body, when hyper is done with it. Without one, the content goes past hyper and this is what
+        // hyper gets: no bytes, in a body that is not known to be empty, for with one that is hyper leaves out a
+        // `content-length`.
+        in_flight: Option<InFlight>,
     }
 }
 
@@ -137,14 +140,16 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
                 // The head has gone out, or is on its way: all that is left is to break the connection off.
                 let panic = caught(payload);
                 let error = format!("the response's body panicked: {panic}").into();
-                this.in_flight.core.contained(Scene::ResponseBody, panic);
+                if let Some(in_flight) = this.in_flight {
+                    in_flight.core.contained(Scene::ResponseBody, panic);
+                }
                 Poll::Ready(Some(Err(error)))
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.text.is_none() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+        self.in_flight.is_some() && self.text.is_none() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -156,15 +161,16 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
     }
 }
 
-/// The response to what a service returned, or how it failed.
-pub(crate) fn respond<B: HttpBody>(
+/// The response to what a service returned, or how it failed. A large file goes past hyper where it may.
+pub(crate) fn respond<B: HttpBody + 'static>(
     result: Result<Result<Response<B>, BoxError>, Panic>,
     in_flight: InFlight,
+    may_go_past_hyper: bool,
 ) -> Response<AnswerBody<B>> {
     // hyper says so by itself only for requests that came before it was told of the drain.
     let draining = in_flight.core.draining().is_some();
     let mut response = match result {
-        Ok(Ok(response)) => response.map(|body| AnswerBody { body: Some(body), text: None, in_flight }),
+        Ok(Ok(response)) => content(response, in_flight, may_go_past_hyper),
         Ok(Err(error)) => refuse(error, in_flight),
         Err(panic) => {
             in_flight.core.contained(Scene::Handler, panic);
@@ -175,6 +181,19 @@ pub(crate) fn respond<B: HttpBody>(
         close_after(&mut response);
     }
     response
+}
+
+fn content<B: HttpBody + 'static>(
+    mut response: Response<B>,
+    in_flight: InFlight,
+    may_go_past_hyper: bool,
+) -> Response<AnswerBody<B>> {
+    if may_go_past_hyper && let Some(file) = outgoing::take_file(&mut response) {
+        let activity = Rc::clone(&in_flight.activity);
+        activity.send_file(Outgoing::new(file, in_flight));
+        return response.map(|_| AnswerBody { body: None, text: None, in_flight: None });
+    }
+    response.map(|body| AnswerBody { body: Some(body), text: None, in_flight: Some(in_flight) })
 }
 
 /// Makes this the connection's last response.
@@ -223,7 +242,7 @@ pub(crate) fn overloaded<B>(request: &Request, in_flight: InFlight) -> Response<
 fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let line = why.unwrap_or_else(|| status.canonical_reason().unwrap_or("error").to_owned());
     let text = Some(Bytes::from(format!("{line}\n")));
-    let mut response = Response::new(AnswerBody { body: None, text, in_flight });
+    let mut response = Response::new(AnswerBody { body: None, text, in_flight: Some(in_flight) });
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);

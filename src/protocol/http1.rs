@@ -21,6 +21,7 @@ use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 
 use super::answer::{Contained, InFlight, closing_text, overloaded, respond};
+use super::outgoing::{self, Outgoing, Progress};
 use crate::BoxError;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
@@ -40,6 +41,9 @@ const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// How often a connection is looked at when its hibernation is switched off and its client has no deadline.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// What a connection ends with, should hyper ever go on before a file has been sent; see `outgoing`.
+const OUT_OF_TURN: &str = "hyper went on to another response before the file of the last one had been sent";
 
 /// Serves connections of one generation with its service.
 pub(crate) struct Http1<S> {
@@ -76,15 +80,20 @@ impl<S: Service> Speak for Http1<S> {
         let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
             let service = Rc::clone(&service);
             let refused = is_overloaded(&core);
+            let out_of_turn = activity.is_sending_file();
             let in_flight = InFlight::begin(&core, &activity);
             let limits = &core.settings.http;
             let oversized = request.body().size_hint().lower() > limits.body_bytes_max;
+            let may_go_past_hyper = outgoing::is_possible(request.method(), request.body());
             let request = request.map(|body| {
                 Body::incoming(body, limits.body_bytes_max, limits.body_timeout, &activity.uploads, info.clone())
             });
             // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
             // too, and moves it there; this one is large.
             Box::pin(async move {
+                if out_of_turn {
+                    return Err(OUT_OF_TURN.into());
+                }
                 if refused {
                     return Ok(overloaded(&request, in_flight));
                 }
@@ -92,7 +101,7 @@ impl<S: Service> Speak for Http1<S> {
                     return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
                 }
                 let result = Contained::new(service.call(request)).await;
-                Ok(respond(result, in_flight))
+                Ok(respond(result, in_flight, may_go_past_hyper))
             })
         });
         Box::pin(self.builder.serve_connection(io, answer))
@@ -137,6 +146,9 @@ pub(crate) struct Activity {
     write_blocked: Cell<bool>,
     /// A request has been answered.
     spoke: Cell<bool>,
+    /// The file that follows the head hyper is writing. It holds an [`InFlight`], and that this: the connection's end
+    /// takes it out.
+    outgoing: Cell<Option<Box<Outgoing>>>,
 }
 
 impl Activity {
@@ -148,7 +160,30 @@ impl Activity {
             uploads: Arc::default(),
             write_blocked: Cell::new(false),
             spoke: Cell::new(false),
+            outgoing: Cell::new(None),
         }
+    }
+
+    /// Has the file sent when hyper flushes the head before it.
+    pub(crate) fn send_file(&self, file: Outgoing) {
+        self.outgoing.set(Some(Box::new(file)));
+    }
+
+    /// Whether a file, with its head before it, has not been sent to its end. hyper begins no request meanwhile.
+    pub(crate) fn is_sending_file(&self) -> bool {
+        let outgoing = self.outgoing.take();
+        let is_sending = outgoing.is_some();
+        self.outgoing.set(outgoing);
+        is_sending
+    }
+
+    fn poll_file(&self, context: &mut Context<'_>, stream: &mut Stream) -> Poll<io::Result<()>> {
+        let Some(mut outgoing) = self.outgoing.take() else { return Poll::Ready(Ok(())) };
+        let polled = outgoing.poll_send(context, stream);
+        if polled.is_pending() {
+            self.outgoing.set(Some(outgoing));
+        }
+        polled
     }
 
     pub(crate) fn request_began(&self) {
@@ -382,6 +417,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        drop(self.activity.outgoing.take());
         self.core.cells.open.subtract(1);
     }
 }
@@ -419,7 +455,15 @@ impl hyper::rt::Read for HttpIo {
 impl hyper::rt::Write for HttpIo {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let polled = hyper::rt::Write::poll_write(Pin::new(&mut this.stream), context, bytes);
+        let polled = match this.activity.outgoing.take() {
+            None => this.stream.poll_send(context, bytes),
+            Some(outgoing) if outgoing.progress == Progress::File => Poll::Ready(Err(io::Error::other(OUT_OF_TURN))),
+            Some(mut outgoing) => {
+                outgoing.progress = Progress::Head;
+                this.activity.outgoing.set(Some(outgoing));
+                this.stream.poll_send_ahead(context, bytes)
+            }
+        };
         this.activity.write_blocked.set(polled.is_pending());
         if polled.is_ready() {
             this.activity.quiet_since.set(this.core.now());
@@ -427,8 +471,10 @@ impl hyper::rt::Write for HttpIo {
         polled
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        hyper::rt::Write::poll_flush(Pin::new(&mut self.stream), context)
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        // The stream itself has nothing to flush: what it took is in the kernel's hands, or goes there with this turn.
+        this.activity.poll_file(context, &mut this.stream)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -84,6 +84,43 @@ pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     Ok(sent as usize)
 }
 
+/// [`send`] of what more is to follow at once: the kernel keeps it, for 200 ms at most, to go out together with that.
+pub fn send_ahead(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT | libc::MSG_MORE;
+    // SAFETY: pointer and length are those of a live slice, which the kernel only reads.
+    let sent = retry(|| unsafe { libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })?;
+    Ok(sent as usize)
+}
+
+/// sendfile(2): sends what fits of `length` bytes of `file` at `position`; 0 when the file ends there. The socket does
+/// not block, since it was accepted so; the file does, for what is not in memory. Unlike [`send`] it raises SIGPIPE, see
+/// [`block_sigpipe`].
+pub fn send_file(fd: BorrowedFd<'_>, file: BorrowedFd<'_>, position: u64, length: usize) -> io::Result<usize> {
+    let start = libc::off64_t::try_from(position).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+    let sent = retry(|| {
+        let mut offset = start;
+        // SAFETY: `offset` is live for the call, which writes to it; both descriptors are open while they are borrowed.
+        unsafe { libc::sendfile64(fd.as_raw_fd(), file.as_raw_fd(), &raw mut offset, length) }
+    })?;
+    Ok(sent as usize)
+}
+
+/// Keeps SIGPIPE from this thread, and from those that it starts. [`send_file`] raises it, on the calling thread, when
+/// the peer has gone, and has no flag against that. Rust programs ignore the signal anyway; an embedder may not, and its
+/// disposition is not ours to change.
+pub fn block_sigpipe() -> io::Result<()> {
+    // SAFETY: a signal set is plain bits, for which all zeroes is a value; sigemptyset makes it one by the book.
+    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: `set` is live; these write to it, and pthread_sigmask reads it and wants no old mask.
+    let result = unsafe {
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
+    };
+    // It returns its error and leaves errno alone.
+    if result != 0 { Err(io::Error::from_raw_os_error(result)) } else { Ok(()) }
+}
+
 /// Receives what has arrived; 0 at the end of the stream (or for an empty buffer).
 #[cfg(test)]
 pub fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
