@@ -292,14 +292,17 @@ impl Files {
             return Ok(FileBody::empty());
         }
         let nowait = self.nowait.load(Ordering::Relaxed);
+        // A large one is not read here; a byte tells whether it could be.
+        let is_large = self.sendfile && range.length() >= SENDFILE_BYTES_MIN;
+        let most = if is_large { 1 } else { CHUNK_BYTES };
         let mut first = None;
-        if nowait && (range.length() < SENDFILE_BYTES_MIN || !self.sendfile) {
-            let length = usize::try_from(range.length()).map_or(CHUNK_BYTES, |length| length.min(CHUNK_BYTES));
+        if nowait {
+            let length = usize::try_from(range.length()).map_or(most, |length| length.min(most));
             match open::read_nowait(&file, range.start, length)? {
                 Nowait::Bytes(bytes) if bytes.len() as u64 == range.length() => {
                     return Ok(FileBody::full(bytes));
                 }
-                Nowait::Bytes(bytes) => first = Some(bytes),
+                Nowait::Bytes(bytes) => first = Some(bytes).filter(|_| !is_large),
                 Nowait::Unsupported => self.nowait.store(false, Ordering::Relaxed),
                 Nowait::Cold | Nowait::End => {}
             }

@@ -21,7 +21,7 @@ use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 
 use super::answer::{Contained, InFlight, closing_text, overloaded, respond};
-use super::outgoing::{self, Outgoing, Progress};
+use super::outgoing::{self, OUT_OF_TURN, Outgoing};
 use crate::BoxError;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
@@ -41,9 +41,6 @@ const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// How often a connection is looked at when its hibernation is switched off and its client has no deadline.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
-
-/// What a connection ends with, should hyper ever go on before a file has been sent; see `outgoing`.
-const OUT_OF_TURN: &str = "hyper went on to another response before the file of the last one had been sent";
 
 /// Serves connections of one generation with its service.
 pub(crate) struct Http1<S> {
@@ -457,11 +454,10 @@ impl hyper::rt::Write for HttpIo {
         let this = self.get_mut();
         let polled = match this.activity.outgoing.take() {
             None => this.stream.poll_send(context, bytes),
-            Some(outgoing) if outgoing.progress == Progress::File => Poll::Ready(Err(io::Error::other(OUT_OF_TURN))),
             Some(mut outgoing) => {
-                outgoing.progress = Progress::Head;
+                let polled = outgoing.poll_head(context, &mut this.stream, bytes);
                 this.activity.outgoing.set(Some(outgoing));
-                this.stream.poll_send_ahead(context, bytes)
+                polled
             }
         };
         this.activity.write_blocked.set(polled.is_pending());

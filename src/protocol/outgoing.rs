@@ -27,8 +27,14 @@ use crate::body::Body;
 use crate::files::{FileBody, Resident};
 use crate::net::stream::Stream;
 
-/// The most of a file that is asked for, and sent, at once.
+/// The most of a file that is asked for, and sent, at once. Measured: by 64 KiB, sending takes 1.15 times the CPU time.
 const PIECE_BYTES_MAX: usize = 256 * 1024;
+/// A file shorter than this leaves in one piece with its head, which saves a segment and a wake-up of the client: a fifth
+/// of the CPU time of 64 KiB. For longer ones it is the worse way, as the head shifts all that follows in the segments.
+const WITH_HEAD_BYTES_MAX: u64 = 256 * 1024;
+
+/// What a connection ends with, should hyper ever go on before a file has been sent.
+pub(super) const OUT_OF_TURN: &str = "hyper went on to another response before the file of the last one had been sent";
 
 /// Whether a response to this request may go past hyper, if it is a file.
 pub(crate) fn is_possible(method: &Method, body: &impl HttpBody) -> bool {
@@ -65,7 +71,7 @@ fn content_length(length: u64) -> HeaderValue {
 
 /// How far a response has come.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Progress {
+enum Progress {
     /// The service has answered; hyper writes the head next.
     Answered,
     /// hyper is handing the head over.
@@ -79,13 +85,33 @@ pub(crate) struct Outgoing {
     file: FileBody,
     /// Taken from the body, not sent yet.
     frame: Bytes,
-    pub(super) progress: Progress,
+    progress: Progress,
     _in_flight: InFlight,
 }
 
 impl Outgoing {
     pub(super) fn new(file: FileBody, in_flight: InFlight) -> Self {
         Self { file, frame: Bytes::new(), progress: Progress::Answered, _in_flight: in_flight }
+    }
+
+    /// Sends bytes of the head.
+    ///
+    /// # Errors
+    /// The socket's; and when hyper, having handed all of the head over, goes on to write something else.
+    pub(super) fn poll_head(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: &mut Stream,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.progress == Progress::File {
+            return Poll::Ready(Err(io::Error::other(OUT_OF_TURN)));
+        }
+        self.progress = Progress::Head;
+        if self.file.remaining() < WITH_HEAD_BYTES_MAX {
+            return stream.poll_send_ahead(context, bytes);
+        }
+        stream.poll_send(context, bytes)
     }
 
     /// Sends what is left.

@@ -138,7 +138,7 @@ fn rest(client: &mut Client) -> Vec<u8> {
 #[test]
 fn files_of_every_size_arrive_whole_on_one_connection() {
     let directory = Directory::new();
-    let sizes = [0, 1, 4095, 4096, 65_535, 65_536, 65_537, 262_144, 300_001, MIB, 5 * MIB + 3];
+    let sizes = [0, 1, 4095, 4096, 32_767, 32_768, 65_535, 65_536, 65_537, 262_144, 300_001, MIB, 5 * MIB + 3];
     let contents: Vec<Vec<u8>> = sizes.iter().map(|size| directory.file(&size.to_string(), *size)).collect();
     let site = directory.site();
     let mut client = site.connect();
@@ -263,7 +263,7 @@ fn pipelined_mixtures_are_answered_in_order_byte_by_byte() {
     println!("RINGLEADER_SEED={seed}");
     let mut random = Random(seed);
     let directory = Directory::new();
-    let sizes = [0, 1, 1000, 65_535, 65_536, 65_537, 200_000, MIB, 3 * MIB + 1];
+    let sizes = [0, 1, 1000, 32_767, 32_768, 40_000, 65_535, 65_536, 65_537, 200_000, MIB, 3 * MIB + 1];
     let contents: Vec<Vec<u8>> = sizes.iter().map(|size| directory.file(&size.to_string(), *size)).collect();
     let site = directory.site();
     for _ in 0..12 {
@@ -414,7 +414,7 @@ fn a_drain_waits_for_a_file_until_its_deadline() {
     };
     let site = directory.site();
     let mut clients = [ask(&site, ""), ask(&site, "connection: close\r\n")];
-    let exit = site.stop(Stop::Drain(BOUND));
+    let exit = site.stop(Stop::Drain(BOUND * 100));
     eventually("it drains", || !site.stats().ready);
     for client in &mut clients {
         assert!(client.take(content.len()).expect("it goes on") == content);

@@ -185,8 +185,11 @@ impl Client {
 
     fn fill_some(&mut self) -> io::Result<()> {
         if self.fill()? == 0 {
-            let got = String::from_utf8_lossy(&self.input).into_owned();
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the stream ended after {got:?}")));
+            let got = String::from_utf8_lossy(&self.input[..self.input.len().min(200)]).into_owned();
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("the stream ended after {} bytes: {got:?}", self.input.len()),
+            ));
         }
         Ok(())
     }
