@@ -47,7 +47,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("body", &["root", "files", "time"]),
     ("service", &["root"]),
     ("time", &["executor", "net"]),
-    ("order", &["root"]),
+    ("order", &["root", "error"]),
     ("files", &[]),
     ("error", &[]),
     ("settings", &[]),
