@@ -620,7 +620,7 @@ fn three_busy_samples_add_an_executor_and_thirty_idle_ones_remove_it() {
     let added = bench.load(0.9, 0, 1);
     assert_eq!(added, [Action::Target { count: 3, why: TargetReason::Busy }, start_of(2, 1, 1, true)]);
     // It is on its way: nothing more is added.
-    assert_eq!(bench.load(1.0, 0, 10), []);
+    assert_eq!(bench.load(1.0, 100, 10), []);
     bench.ready(2);
     assert_eq!(bench.load(0.3, 0, 29), []);
     let removed = bench.load(0.3, 0, 1);
@@ -771,4 +771,25 @@ fn a_quarantined_slot_is_the_first_to_go_and_does_not_keep_the_others() {
     }
     assert_eq!(bench.load(0.1, 0, 30)[..], [Action::Target { count: 2, why: TargetReason::Idle }]);
     assert_eq!(bench.policy.active(), [1, 2]);
+}
+
+#[test]
+fn the_penalty_of_reversals_is_bounded_and_forgiven() {
+    use super::scaling::{Bounds, Sample, Scaler};
+    let config = Scaling { up_after: 1, down_after: 3, reversal_penalty: 6, ..Scaling::default() };
+    let mut scaler = Scaler::new(&config);
+    let mut after = |total: f32| {
+        let sample = Sample { total, active: 5, queue: 0, settled: true, starting: false };
+        let bounds = Bounds { min: 1, max: 9, target: 5 };
+        let samples = (1..).find(|_| scaler.sample(&config, sample, bounds).is_some()).unwrap();
+        (samples, scaler.down_after)
+    };
+    for _ in 0..20 {
+        after(0.0);
+        assert_eq!(after(5.0).0, 1);
+    }
+    // Ten times what it was at first.
+    assert_eq!(after(0.0), (30, 30));
+    assert_eq!(after(0.0), (30, 24));
+    assert_eq!(after(0.0), (24, 18));
 }
