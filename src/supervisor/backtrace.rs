@@ -298,5 +298,4 @@ mod arch {
 }
 
 #[cfg(test)]
-#[path = "backtrace/tests.rs"]
 mod tests;

@@ -152,5 +152,4 @@ impl Turn {
 }
 
 #[cfg(test)]
-#[path = "watch_tests.rs"]
 mod tests;

@@ -525,5 +525,4 @@ mod arch {
 }
 
 #[cfg(test)]
-#[path = "stack_sample_tests.rs"]
 mod tests;
