@@ -69,7 +69,7 @@ pub async fn orders(arguments: &Orders) -> Result<Verdicts, String> {
     let fresh = fresh.await.map_err(|error| error.to_string())?;
     load::all(clients).await?;
     let counters = Counters::read().since(&before);
-    let kept = kept.borrow();
+    let kept = kept.take();
     println!("  new connections: {}; {}", fresh.waits(), fresh.describe());
     println!("  kept connections: {}", kept.describe());
     println!("  {counters:?}");
