@@ -157,8 +157,8 @@ pub struct Ramp {
     /// Most executors
     #[arg(long, default_value_t = 8)]
     most: usize,
-    /// Milliseconds that each request blocks its executor
-    #[arg(long, value_name = "MS", default_value_t = 20)]
+    /// Milliseconds that each request blocks its executor; a turn with many must stay below the limit of a stall
+    #[arg(long, value_name = "MS", default_value_t = 5)]
     block: u64,
     /// Seconds from 10 to 90 % of the capacity of the most executors, and back
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
