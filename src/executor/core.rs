@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use slab::Slab;
 
@@ -100,6 +100,7 @@ pub(crate) struct Core {
     now: Cell<Instant>,
     turn: Cell<u64>,
     draining: Cell<Option<Instant>>,
+    patience: Cell<Duration>,
     /// Who waits for a drain and is not simply a task of ours.
     drain_watchers: RefCell<Slab<Waker>>,
     /// Connections that gave their protocol's memory back since the allocator was last asked to pass it on.
@@ -135,6 +136,7 @@ impl Core {
             now: Cell::new(now),
             turn: Cell::new(0),
             draining: Cell::new(None),
+            patience: Cell::new(Duration::ZERO),
             drain_watchers: RefCell::new(Slab::new()),
             hibernated: Cell::new(0),
             failure: OnceCell::new(),
@@ -225,9 +227,15 @@ impl Core {
         self.draining.get()
     }
 
+    /// For how long, during a drain, a client between two requests is waited for.
+    pub(crate) fn patience(&self) -> Duration {
+        self.patience.get()
+    }
+
     /// Tells every task, connections among them, that the executor drains until `deadline`.
-    pub(crate) fn drain(&self, deadline: Instant) {
+    pub(crate) fn drain(&self, deadline: Instant, patience: Duration) {
         self.draining.set(Some(deadline));
+        self.patience.set(patience);
         self.tasks.wake_all();
         let watchers: Vec<Waker> = self.drain_watchers.borrow().iter().map(|(_, waker)| waker.clone()).collect();
         watchers.into_iter().for_each(Waker::wake);

@@ -40,6 +40,9 @@ const HAND_OVER_GUARD: Duration = Duration::from_millis(100);
 const PARK_MAX: Duration = Duration::from_millis(500);
 /// How long a connection that has not spoken may take to do so once a drain has begun.
 pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
+/// How long a client between two requests is waited for when others serve on. A busy client asks again sooner, and is told
+/// to close with that answer; one that is closed at a moment of our choice may be in the middle of asking, and fail.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a generation ended.
 #[derive(Debug)]
@@ -288,9 +291,9 @@ impl Generation {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Drain { deadline, accept_rest } => {
-                self.release_listeners(accept_rest);
-                self.core.drain(deadline);
+            Order::Drain { deadline, others_serve } => {
+                self.release_listeners(!others_serve);
+                self.core.drain(deadline, if others_serve { DRAIN_PATIENCE } else { Duration::ZERO });
             }
             Order::Stop | Order::Quit => self.ended = Some(Ended::Stopped),
             Order::Start(number) => {

@@ -30,9 +30,12 @@ pub(crate) type Job = Box<dyn FnOnce(&Core) + Send>;
 pub(crate) enum Order {
     /// Start this generation.
     Start(u64),
-    /// Accept nothing more; finish what is running; whatever is left at the deadline is closed. With `accept_rest` what
-    /// the kernel has completed already is accepted first: there is nobody else who would.
-    Drain { deadline: Instant, accept_rest: bool },
+    /// Accept nothing more; finish what is running; whatever is left at the deadline is closed.
+    ///
+    /// With `others_serve` the listeners live on: what waits in their queues is left to others, and a client between two
+    /// requests gets time for another one, since it may be sending it at this very moment. Without, there is nobody else:
+    /// what the kernel has completed is accepted first, and idle connections are closed.
+    Drain { deadline: Instant, others_serve: bool },
     /// End the generation now.
     Stop,
     /// End the slot's thread.

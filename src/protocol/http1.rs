@@ -197,13 +197,17 @@ impl Activity {
     /// Whether nothing has been going on for long enough that hyper's part can be given back.
     fn is_asleep(&self, limits: &HttpLimits, now: Instant) -> bool {
         let quiet = now.saturating_duration_since(self.quiet_since.get());
+        self.is_between_requests() && limits.hibernate_after.is_some_and(|limit| quiet >= limit)
+    }
+
+    /// Whether hyper knows nothing that the next one would have to.
+    fn is_between_requests(&self) -> bool {
         self.in_flight.get() == 0
             && self.head_since.get().is_none()
             && !self.write_blocked.get()
             // Nobody holds a body whose rest may still come: hyper alone knows where that rest ends.
             && Arc::strong_count(&self.uploads) == 1
             && !self.uploads.was_cut()
-            && limits.hibernate_after.is_some_and(|limit| quiet >= limit)
     }
 
     fn bytes_came(&self, now: Instant) {
@@ -297,10 +301,17 @@ impl Future for Connection {
         let this = &mut *self;
         if this.draining == Draining::No && this.core.draining().is_some() {
             this.draining = Draining::Noticed;
+            if !this.core.patience().is_zero() && this.activity.is_between_requests() {
+                this.hibernate();
+            }
             if let Stage::Silent(io) = &this.stage {
-                // One that is idle between requests is closed; a new one may still be sending its first.
-                let grace =
-                    if this.activity.spoke.get() && !io.stream.is_readable() { Duration::ZERO } else { DRAIN_GRACE };
+                // One that is idle between requests is closed, at once or before long; a new one may still be sending
+                // its first.
+                let grace = if this.activity.spoke.get() && !io.stream.is_readable() {
+                    this.core.patience()
+                } else {
+                    DRAIN_GRACE
+                };
                 this.timer = Some(Sleep::until(this.core.now() + grace));
             }
         }

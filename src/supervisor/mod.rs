@@ -292,11 +292,11 @@ impl Supervisor {
                 self.start_generation(slot, generation, thread, fresh_thread);
             }
             Action::Drain { slot, deadline, why } => {
-                let accept_rest = why == DrainReason::Stop;
+                let others_serve = why != DrainReason::Stop;
                 if why != DrainReason::ScaleDown {
                     self.drain_deadline = Some(deadline);
                 }
-                self.seat(slot).inbox.order(SlotOrder::Drain { deadline, accept_rest });
+                self.seat(slot).inbox.order(SlotOrder::Drain { deadline, others_serve });
             }
             Action::StopNow { slot } => self.seat(slot).inbox.order(SlotOrder::Stop),
             Action::Join { slot, thread } => self.join(slot, thread),
