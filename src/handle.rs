@@ -281,6 +281,22 @@ impl Handle {
     }
 }
 
+impl Handle {
+    /// Orders an upgrade: a new process is started ([`Builder::successor`](crate::Builder::successor) says how), is given
+    /// the listeners, and serves when it is ready; then this server drains, and [`Running::join`] tells its end. The order
+    /// is done when the new process is ready, with its number.
+    ///
+    /// # Errors
+    /// [`Error::is_refused`]: the new process could not be started, ended, refused or took too long; or the server is
+    /// starting, stopping or being upgraded already. Then it goes on as before.
+    pub fn upgrade(&self) -> Order<u32> {
+        let (promise, order) = Order::new();
+        // If the server has ended, the promise is dropped, which is an answer, too.
+        self.0.post.send(Message::Upgrade(Some(promise)));
+        order
+    }
+}
+
 impl fmt::Debug for Handle {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Handle").field("addresses", &self.0.addresses).finish_non_exhaustive()

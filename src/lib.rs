@@ -92,6 +92,7 @@ mod handle;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;
+mod listen;
 mod net;
 mod order;
 mod panics;
@@ -103,7 +104,9 @@ mod shard;
 mod steering;
 mod supervisor;
 mod sys;
+mod systemd;
 mod time;
+mod upgrade;
 
 pub use body::{Body, BodyError, Connection};
 pub use error::Error;

@@ -1,10 +1,11 @@
 //! Building and starting a server: the main path, on one page ([`Server::start`]).
 
+mod beyond;
+
 use std::fmt;
 use std::future::Future;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::ops::RangeInclusive;
-use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -14,10 +15,10 @@ use std::time::Duration;
 
 use crate::blocking::{self, Pool};
 use crate::error::Kind;
-use crate::executor::accept::Listener;
 use crate::executor::slot::{Common, Report, Reports, SlotSeat};
 use crate::executor::tasks::LocalFuture;
 use crate::handle::{Exit, Running, Shared, Slot, Waiting};
+use crate::listen::{self, Group, Inheritance};
 use crate::net::stream::Stream;
 use crate::order::Order;
 use crate::protocol::http1::Http1;
@@ -25,12 +26,14 @@ use crate::service::Service;
 use crate::settings::{Escalation, HttpLimits, Overload, PanicPolicy, Settings};
 use crate::shard::Shard;
 use crate::steering::{self, Kernel, Members, Realise, Table};
-use crate::supervisor;
+use crate::supervisor::handover::{Handover, Reload};
 use crate::supervisor::policy::{self, HangPolicy, Scaling};
 use crate::supervisor::post::{self, Message, Post};
-use crate::sys::bind::{self, ListenOptions};
+use crate::supervisor::{self, signals};
+use crate::sys::bind::ListenOptions;
 use crate::sys::heartbeats::Heartbeats;
-use crate::sys::{affinity, limits, membarrier, probe, procfs, socket};
+use crate::sys::{affinity, limits, membarrier, probe, procfs};
+use crate::upgrade::successor::Launch;
 use crate::{BoxError, Error};
 
 /// Descriptors kept for everything that is not a connection: files, logs, the embedder's own.
@@ -151,7 +154,7 @@ impl Listen {
 
 /// What a server is to be. Made by [`Server::builder`]; ends with [`Builder::serve`].
 #[must_use = "a builder does nothing until `serve`"]
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Builder {
     name: String,
     listen: Vec<Listen>,
@@ -164,7 +167,11 @@ pub struct Builder {
     keepalive: Option<Duration>,
     user_timeout: Option<Duration>,
     share_port: bool,
-    stop_on_signals: bool,
+    listen_by_default: Option<Listen>,
+    signals: signals::Wanted,
+    reload: Option<Reload>,
+    successor: Option<Launch>,
+    systemd: bool,
     stall_backtraces: bool,
     http: HttpLimits,
     overload: Overload,
@@ -203,6 +210,16 @@ where
     }
 }
 
+impl fmt::Debug for Builder {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Builder")
+            .field("name", &self.name)
+            .field("listen", &self.listen)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Builder {
     fn new() -> Self {
         Self {
@@ -217,7 +234,11 @@ impl Builder {
             keepalive: Some(Duration::from_secs(60)),
             user_timeout: Some(Duration::from_secs(180)),
             share_port: false,
-            stop_on_signals: false,
+            listen_by_default: None,
+            signals: signals::Wanted::default(),
+            reload: None,
+            successor: None,
+            systemd: false,
             stall_backtraces: false,
             http: HttpLimits::default(),
             overload: Overload::default(),
@@ -388,17 +409,7 @@ impl Builder {
 
     /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
     pub fn stop_on_signals(mut self) -> Self {
-        self.stop_on_signals = true;
-        self
-    }
-
-    /// Logs what a stalled executor is doing: the backtrace of its thread. Default: off.
-    ///
-    /// Takes the highest real-time signal that has no handler, for as long as the server runs. When an executor stalls, its
-    /// thread gets this signal once; system calls that Linux never restarts (signal(7): `poll`, `nanosleep`) then return
-    /// EINTR. On x86-64 and aarch64.
-    pub fn stall_backtraces(mut self, log: bool) -> Self {
-        self.stall_backtraces = log;
+        self.signals.stop = true;
         self
     }
 
@@ -448,6 +459,15 @@ impl Server {
     }
 
     fn try_start(self) -> Result<Order<Running>, Error> {
+        let mut inheritance = Inheritance::find(self.builder.systemd)?;
+        let started = self.start_with(&mut inheritance);
+        if let Err(error) = &started {
+            inheritance.refuse(error);
+        }
+        started
+    }
+
+    fn start_with(self, inheritance: &mut Inheritance) -> Result<Order<Running>, Error> {
         let Self { builder, factory } = self;
         // On a thread of its own: the kernel takes a closed ring down a little later, and then interrupts whatever system
         // call the thread that made the ring is in (EINTR).
@@ -460,9 +480,10 @@ impl Server {
         let connections_max = builder.room(cpus.len(), &mut warnings)?;
         // Before the executors, who write their heartbeats into its memory.
         let kernel = Kernel::probe(cpus.len() as u16, Realise::Best);
-        let groups = builder.bind(cpus.len(), &mut warnings)?;
+        let groups = builder.bind(cpus.len(), inheritance, &mut warnings)?;
         let table = builder.table(&groups, cpus.len(), &kernel, &mut warnings)?;
-        let addresses = groups.iter().map(|group| group.address).collect();
+        let places: Vec<_> = groups.iter().map(|group| (group.address, group.activated)).collect();
+        let addresses = places.iter().map(|(address, _)| *address).collect();
         warnings.extend(containment_warning(cfg!(panic = "abort")));
         let settings = Arc::new(Settings {
             name: builder.name.clone(),
@@ -488,7 +509,8 @@ impl Server {
             post,
             exit: Mutex::new(Waiting::For(Vec::new())),
         });
-        supervisor::start(builder.supervision(cpus.len(), blocking), seats, table, shared, inbox)
+        let handover = builder.handover(places, std::mem::take(inheritance));
+        supervisor::start(builder.supervision(cpus.len(), blocking, handover), seats, table, shared, inbox)
     }
 }
 
@@ -496,12 +518,6 @@ impl fmt::Debug for Server {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Server").field("builder", &self.builder).finish_non_exhaustive()
     }
-}
-
-/// The listeners of one address, one for each slot.
-struct Group {
-    address: SocketAddr,
-    listeners: Vec<std::os::fd::OwnedFd>,
 }
 
 impl Builder {
@@ -558,10 +574,13 @@ impl Builder {
         Ok(self.connections_max.map_or(room, |asked| asked.clamp(1, room)))
     }
 
-    fn bind(&self, executors: usize, warnings: &mut Vec<String>) -> Result<Vec<Group>, Error> {
-        if self.listen.is_empty() {
-            return Err(Error::new(Kind::Usage, "no address to listen on was given"));
-        }
+    fn bind(
+        &self,
+        executors: usize,
+        inheritance: &mut Inheritance,
+        warnings: &mut Vec<String>,
+    ) -> Result<Vec<Group>, Error> {
+        let asked = self.addresses(inheritance)?;
         let options = ListenOptions {
             backlog: self.backlog,
             keepalive: self.keepalive,
@@ -575,16 +594,7 @@ impl Builder {
                 self.backlog
             ));
         }
-        let mut groups = Vec::new();
-        for listen in &self.listen {
-            for address in listen.resolve()? {
-                let listeners = bind::bind_group(address, executors, &options)
-                    .map_err(|error| Error::new(Kind::Listen, error.to_string()))?;
-                let address = socket::local_addr(listeners[0].as_fd()).unwrap_or(address);
-                groups.push(Group { address, listeners });
-            }
-        }
-        Ok(groups)
+        listen::open(&asked, executors, &options, inheritance, warnings)
     }
 
     fn table(
@@ -601,7 +611,9 @@ impl Builder {
         };
         let seed = std::process::id().wrapping_mul(0x9E37_79B9);
         let policy = steering::by_name(name, seed).expect("every variant of `Steering` names a policy");
-        let members = groups.iter().map(|group| Members { listeners: &group.listeners, sockets: None }).collect();
+        let steered = groups.iter().filter(|group| group.can_be_steered(executors));
+        let members =
+            steered.map(|group| Members { listeners: &group.listeners[..executors], sockets: None }).collect();
         let table = Table::new(policy, executors as u16, members, kernel)
             .map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))?;
         if table.replaces_programs() && procfs::cbpf_replacement_is_safe(&procfs::kernel_release()) == Some(false) {
@@ -623,7 +635,7 @@ impl Builder {
     }
 
     /// How to supervise `slots` slots.
-    fn supervision(&self, slots: usize, blocking: Arc<Pool>) -> supervisor::Supervision {
+    fn supervision(&self, slots: usize, blocking: Arc<Pool>, handover: Handover) -> supervisor::Supervision {
         let mut policy = self.policy.clone();
         if let Some(Executors { min, .. }) = self.executors.filter(|executors| executors.min < executors.max) {
             // No more than the slots, which are counted in u16.
@@ -635,7 +647,8 @@ impl Builder {
             name: self.name.clone(),
             policy,
             stale_after,
-            stop_on_signals: self.stop_on_signals,
+            signals: self.signals,
+            handover,
             stall_backtraces: self.stall_backtraces,
             blocking,
         }
@@ -657,14 +670,10 @@ fn seats(
     common: &Common,
     post: &Post,
 ) -> Result<Vec<Arc<SlotSeat>>, Error> {
-    let mut groups: Vec<(Arc<str>, _)> =
-        groups.into_iter().map(|group| (Arc::from(group.address.to_string()), group.listeners.into_iter())).collect();
+    let dealt = listen::deal(groups, cpus.len());
+    let dealt = dealt.map_err(|error| Error::new(Kind::System, format!("doubling a shared listener: {error}")))?;
     let mut seats = Vec::new();
-    for (slot, cpu) in cpus.iter().enumerate() {
-        let listeners = groups
-            .iter_mut()
-            .filter_map(|(name, listeners)| Some(Listener { fd: listeners.next()?, name: Arc::clone(name) }))
-            .collect();
+    for ((slot, cpu), listeners) in cpus.iter().enumerate().zip(dealt) {
         let post = post.clone();
         // The supervisor outlives its slots' threads; those it has abandoned have nobody to tell.
         let reports: Reports = Arc::new(move |report: Report| post.send(Message::Report(report)));

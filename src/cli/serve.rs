@@ -13,8 +13,8 @@ use super::{Failure, app};
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Address to listen on; may be given more than once
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    /// Address to listen on; may be given more than once [default: what systemd gives, or 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDRESS")]
     listen: Vec<String>,
 
     /// Executors: a number; a range such as 2..8 to follow the load; or `auto` for one per CPU that affinity and cgroup
@@ -91,6 +91,10 @@ pub(crate) struct Arguments {
     /// What becomes of an executor that hangs
     #[arg(long, value_enum, default_value = "replace")]
     on_hang: OnHang,
+
+    /// Seconds a new binary may take to become ready after SIGUSR2
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
+    upgrade_timeout: f64,
 
     /// Bytes of a request's head
     #[arg(long, value_name = "BYTES", default_value_t = 32 * 1024, value_parser = parse_header_bytes)]
@@ -230,6 +234,11 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     let mut builder = Server::builder()
         .stop_on_signals()
         .stall_backtraces(true)
+        .upgrade_on_signal()
+        .upgrade_timeout(Duration::from_secs_f64(arguments.upgrade_timeout))
+        .reload_on_signal(reload)
+        .systemd()
+        .listen_by_default("127.0.0.1:8080")
         .backlog(arguments.backlog)
         .drain_timeout(Duration::from_secs_f64(arguments.drain_timeout))
         .drain_delay(Duration::from_secs_f64(arguments.drain_delay))
@@ -272,6 +281,30 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         builder = builder.connections_max(count);
     }
     Ok(builder)
+}
+
+/// What SIGHUP changes. Everything else of this command comes from its arguments.
+fn reload() -> Vec<String> {
+    let before = open_files();
+    ringleader::raise_limits();
+    let after = open_files();
+    let limit = if before == after {
+        format!("the limit on open files is {after}, as before")
+    } else {
+        format!(
+            "the limit on open files is {after} instead of {before}; how many connections an executor may have stays"
+        )
+    };
+    let rest = "addresses, executors, timeouts, limits and the log's filter come from the command line: for others, start \
+                the server anew; a new binary takes over without loss on SIGUSR2";
+    vec![limit, rest.to_owned()]
+}
+
+/// The soft limit, as the kernel writes it.
+fn open_files() -> String {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+    line.and_then(|line| line.split_whitespace().next()).unwrap_or("unknown").to_owned()
 }
 
 fn start_logging(filter: &str) -> Result<(), Failure> {

@@ -29,6 +29,8 @@ pub(crate) struct Listener {
     pub fd: OwnedFd,
     /// The address as it was bound, for logs and `Connection::listener`.
     pub name: Arc<str>,
+    /// Its place in the address's group.
+    pub index: usize,
 }
 
 /// The acceptor of one slot: its listeners, and a claim on a descriptor in reserve to shed with.

@@ -4,11 +4,12 @@
 
 mod backtrace;
 mod exit;
+pub(crate) mod handover;
 mod load;
 pub(crate) mod policy;
 pub(crate) mod post;
 mod rescue;
-mod signals;
+pub(crate) mod signals;
 mod steer;
 mod watch;
 mod watchdog;
@@ -32,6 +33,7 @@ use crate::handle::{ExecutorState, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
 use crate::sys::poll::wait_readable;
+use handover::Handover;
 use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLoad, SlotState, StopMode};
 use post::{Message, PostBox};
 use rescue::Rescue;
@@ -49,7 +51,8 @@ pub(crate) struct Supervision {
     pub policy: policy::Config,
     /// How long a turn may take until a steering program that can looks for another executor.
     pub stale_after: Duration,
-    pub stop_on_signals: bool,
+    pub signals: signals::Wanted,
+    pub handover: Handover,
     /// Whether the log says what a stalled executor is doing, which takes a signal.
     pub stall_backtraces: bool,
     pub blocking: Arc<Pool>,
@@ -78,6 +81,7 @@ struct Supervisor {
     blocking: Arc<Pool>,
     /// Of the drain, while nobody has ordered an immediate stop.
     drain_deadline: Option<Instant>,
+    handover: Handover,
 }
 
 /// When the next sample of the load is due, for automatic scaling.
@@ -95,7 +99,7 @@ pub(crate) fn start(
     shared: Arc<Shared>,
     inbox: PostBox,
 ) -> Result<Order<Running>, Error> {
-    let signals = supervision.stop_on_signals.then(|| signals::watch(shared.post.clone())).transpose();
+    let signals = signals::watch(supervision.signals, shared.post.clone());
     let signals = signals.map_err(|error| Error::new(Kind::System, format!("watching for signals: {error}")))?;
     let (promise, order) = Order::new();
     let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
@@ -120,6 +124,7 @@ pub(crate) fn start(
         stop_signals: 0,
         blocking: supervision.blocking,
         drain_deadline: None,
+        handover: supervision.handover,
     };
     std::thread::Builder::new()
         .name(format!("{}-sup", supervision.name))
@@ -158,6 +163,7 @@ impl Supervisor {
             sample,
             Some(self.watchdog.next_look().unwrap_or_else(Instant::now)),
             self.steer.next_refresh(),
+            self.handover.due(),
         ];
         let timeout = due.into_iter().flatten().min().map(|due| due.saturating_duration_since(Instant::now()));
         let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
@@ -179,6 +185,7 @@ impl Supervisor {
         events.extend(self.watchdog.look(&self.seats, self.policy.slots(), now));
         events.extend(self.sample(now));
         self.steer.refresh(&self.seats, now);
+        self.tell_service_manager(now);
         // After the messages: what has come in time is not to be found late.
         if self.policy.next_deadline().is_some_and(|deadline| deadline <= now) {
             events.push_back(Event::Tick);
@@ -188,14 +195,39 @@ impl Supervisor {
     fn event_of_message(&mut self, message: Message) -> Option<Event> {
         match message {
             Message::Report(report) => self.event_of(report),
-            Message::Stop(Stop::Now) => Some(self.stop_at_once()),
-            Message::Stop(Stop::Drain(limit)) => Some(Event::Stop(StopMode::Drain { deadline: Some(limit) })),
+            Message::Stop(how) => {
+                self.handover.stopping();
+                Some(match how {
+                    Stop::Now => self.stop_at_once(),
+                    Stop::Drain(limit) => Event::Stop(StopMode::Drain { deadline: Some(limit) }),
+                })
+            }
             Message::Scale(count, promise) => {
                 self.scale_orders.push_back(promise);
                 // Beyond what can be said is as far out of range as what can.
                 Some(Event::Scale { count: u16::try_from(count).unwrap_or(u16::MAX) })
             }
-            Message::Signal(signal) => Some(self.event_of_signal(signal)),
+            Message::Signal(signal) => {
+                self.handover.stopping();
+                Some(self.event_of_signal(signal))
+            }
+            Message::Upgrade(asked) => {
+                self.handover.asked(asked);
+                Some(Event::Upgrade)
+            }
+            Message::Successor(successor, said) => self.handover.answered(successor, said),
+            Message::TakenOver => {
+                self.taken_over();
+                None
+            }
+            Message::Reload => {
+                self.reload_asked();
+                None
+            }
+            Message::Reloaded(lines) => {
+                self.reloaded(&lines);
+                None
+            }
         }
     }
 
@@ -323,6 +355,7 @@ impl Supervisor {
                 self.shared.ready.store(readiness == Readiness::Ready, Ordering::Relaxed);
             }
             Action::Started => {
+                self.announce_start();
                 if let Some(promise) = self.starting.take() {
                     promise.fulfil(Ok(Running::new(Arc::clone(&self.shared))));
                 }
@@ -335,8 +368,9 @@ impl Supervisor {
             ),
             Action::Target { count, why } => tracing::info!(executors = count, "scaling: {}", words::target(why)),
             Action::ScaleAnswer(answer) => self.answer_scale(answer),
-            // Asked for by nobody yet.
-            Action::SpawnSuccessor { .. } | Action::KillSuccessor { .. } | Action::UpgradeAnswer(_) => {}
+            Action::SpawnSuccessor { successor, .. } => self.spawn_successor(successor),
+            Action::KillSuccessor { successor } => self.handover.kill_successor(successor),
+            Action::UpgradeAnswer(answer) => self.handover.answer(answer),
             Action::Exit(_) => unreachable!("handled by `run`"),
         }
     }
@@ -497,6 +531,9 @@ impl Supervisor {
             None => self.failures.values().next().cloned(),
         };
         let result = exit::result(outcome, self.starting.is_none(), abandoned_closures, failure_of);
+        if let Err(error) = &result {
+            self.handover.refuse(error);
+        }
         if let (Some(promise), Err(error)) = (self.starting.take(), &result) {
             promise.fulfil(Err(error.clone()));
         } else {

@@ -10,6 +10,7 @@ use crate::executor::slot::Report;
 use crate::handle::Stop;
 use crate::order::Promise;
 use crate::sys::eventfd::EventFd;
+use crate::upgrade::successor::Taken;
 
 /// What the supervisor is told.
 #[derive(Debug)]
@@ -20,6 +21,16 @@ pub(crate) enum Message {
     Scale(usize, Promise<()>),
     /// A signal that asks to stop.
     Signal(i32),
+    /// Hand over to a new binary; by signal, there is nobody to tell.
+    Upgrade(Option<Promise<u32>>),
+    /// The successor of this number is ready, or there is none, for this reason.
+    Successor(u32, Result<Taken, String>),
+    /// The process before this one has acted upon our being ready.
+    TakenOver,
+    /// Re-read what can change while the server runs.
+    Reload,
+    /// What came of it.
+    Reloaded(Vec<String>),
 }
 
 /// Sends messages to the supervisor; clone it as you like.

@@ -1,6 +1,6 @@
 //! The policy's reasons in words, for logs and errors.
 
-use super::policy::{NotReady, Quarantine, ScaleRefusal, TargetReason};
+use super::policy::{NotReady, Quarantine, ScaleRefusal, TargetReason, UpgradeRefusal};
 
 pub(super) fn not_ready(why: NotReady) -> &'static str {
     match why {
@@ -40,5 +40,17 @@ pub(super) fn scale_refusal(why: ScaleRefusal) -> String {
         ScaleRefusal::Upgrading => {
             "an upgrade is under way, and the new process has a number of its own; order it there".to_owned()
         }
+    }
+}
+
+/// `failure` is what the successor's own side had to say.
+pub(super) fn upgrade_refusal(why: UpgradeRefusal, failure: Option<String>) -> String {
+    match why {
+        UpgradeRefusal::Starting => "the server is still starting".to_owned(),
+        UpgradeRefusal::Stopping => "the server is stopping, or another process has taken over".to_owned(),
+        UpgradeRefusal::AlreadyUpgrading => "an upgrade is under way, and goes on".to_owned(),
+        UpgradeRefusal::TimedOut => "it was not ready in time".to_owned(),
+        UpgradeRefusal::Failed => failure.unwrap_or_else(|| "it could not be started".to_owned()),
+        UpgradeRefusal::Interrupted => "the server was told to stop meanwhile".to_owned(),
     }
 }

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
+use super::descriptors;
 use super::procfs::{self, Holder};
 use super::socket;
 
@@ -72,6 +73,41 @@ pub fn bind_group(addr: SocketAddr, count: usize, options: &ListenOptions) -> Re
         group.push(open_next(chosen, options).map_err(fail)?);
     }
     Ok(group)
+}
+
+/// Takes over a group that is listened on already, its members in order, and adds to it until it has `count`. Its
+/// sockets get these options, too; of an IPv6 group, what it does with IPv4 stays.
+///
+/// The kernel lets nobody join a group of another user's. Then the group stays as it is, and the reason comes with it.
+pub fn adopt_group(
+    addr: SocketAddr,
+    mut group: Vec<OwnedFd>,
+    count: usize,
+    options: &ListenOptions,
+) -> Result<(Vec<OwnedFd>, Option<BindError>), BindError> {
+    let fail = |(attempt, error)| BindError::new(addr, count, attempt, error);
+    for listener in &group {
+        let listener = listener.as_fd();
+        descriptors::set_nonblocking(listener).map_err(|error| fail((CONFIGURE, error)))?;
+        configure_common(listener, options).map_err(|error| fail((CONFIGURE, error)))?;
+        // Of a socket that listens it changes the backlog, and nothing else.
+        socket::listen(listener, options.backlog).map_err(|error| fail((LISTEN, error)))?;
+    }
+    if group.len() < count
+        && let [only] = &group[..]
+    {
+        set_reuse_port(only.as_fd()).map_err(|error| fail((CONFIGURE, error)))?;
+    }
+    while group.len() < count {
+        match open_next(addr, options) {
+            Ok(listener) => group.push(listener),
+            Err((attempt, error)) if error.kind() == io::ErrorKind::AddrInUse => {
+                return Ok((group, Some(fail((attempt, error)))));
+            }
+            Err(failure) => return Err(fail(failure)),
+        }
+    }
+    Ok((group, None))
 }
 
 /// The step that failed, in words, and the system's answer.
@@ -143,6 +179,11 @@ fn configure(fd: BorrowedFd<'_>, addr: SocketAddr, options: &ListenOptions) -> i
         let v6_only = i32::from(options.v6_only);
         socket::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, v6_only)?;
     }
+    configure_common(fd, options)
+}
+
+/// What may be set at any time.
+fn configure_common(fd: BorrowedFd<'_>, options: &ListenOptions) -> io::Result<()> {
     let tcp = |name, value| socket::set_option(fd, libc::IPPROTO_TCP, name, value);
     tcp(libc::TCP_NODELAY, 1)?;
     if let Some(idle) = options.keepalive {
@@ -358,6 +399,40 @@ mod tests {
         }
         // Two that listen in the same instant may both be refused; that is rare.
         assert!(won > rounds / 2, "{won} of {rounds}");
+    }
+
+    #[test]
+    fn a_group_is_taken_over_with_its_order_and_grows_at_its_end() {
+        let options = ListenOptions::default();
+        let old = bind_group(loopback(), 2, &options).unwrap();
+        let addr = socket::local_addr(old[0].as_fd()).unwrap();
+        let passed = old.iter().map(|listener| listener.try_clone().unwrap()).collect();
+        let (group, missing) = adopt_group(addr, passed, 4, &ListenOptions { backlog: 7, ..options }).unwrap();
+        assert!(missing.is_none(), "{missing:?}");
+        assert_eq!(group.len(), 4);
+        for listener in &old {
+            assert_eq!(socket::queue_depth(listener.as_fd()).unwrap().1, 7, "the backlog is adapted");
+        }
+        drop(old);
+        for index in [3_u32, 0, 2, 1] {
+            let to = [libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: index }];
+            socket::attach_reuseport_cbpf(group[1].as_fd(), &to).unwrap();
+            let _client = TcpStream::connect(addr).unwrap();
+            let fds: Vec<_> = group.iter().map(AsFd::as_fd).collect();
+            assert_eq!(wait_readable(&fds, WAIT).unwrap(), [index as usize]);
+            socket::accept(fds[index as usize]).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_single_listener_of_somebody_who_knew_nothing_of_groups_becomes_the_first_of_one() {
+        let plain = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = plain.local_addr().unwrap();
+        let (group, missing) = adopt_group(addr, vec![plain.into()], 3, &ListenOptions::default()).unwrap();
+        assert!(missing.is_none(), "{missing:?}");
+        assert_eq!(group.len(), 3);
+        let error = socket::accept(group[0].as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "it does not block any more");
     }
 
     #[test]

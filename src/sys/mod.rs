@@ -7,7 +7,10 @@
 pub mod affinity;
 pub mod bind;
 pub mod bpf;
+pub mod child;
+pub mod clock;
 pub mod cpu_clock;
+pub mod descriptors;
 pub mod eventfd;
 pub mod heartbeats;
 pub mod limits;

@@ -325,7 +325,7 @@ pub(super) fn check(result: i32) -> io::Result<()> {
 }
 
 /// Repeats a call for as long as a signal interrupts it.
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<isize> {
+pub(super) fn retry(mut call: impl FnMut() -> isize) -> io::Result<isize> {
     loop {
         let result = call();
         if result >= 0 {

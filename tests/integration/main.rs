@@ -23,4 +23,6 @@ mod stalls;
 mod start;
 mod streaming;
 mod support;
+mod systemd;
 mod tools;
+mod upgrade;

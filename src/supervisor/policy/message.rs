@@ -7,7 +7,6 @@ use super::{Config, HangPolicy, Scaling};
 
 /// What the supervisor's loop has heard.
 #[derive(Clone, Debug, PartialEq)]
-#[cfg_attr(not(test), expect(dead_code, reason = "the loop does not tell of stalls, load and upgrades yet"))]
 pub enum Event {
     /// Begin: start the first generation of every slot that is wanted ([`Config::slots_start`]). Only the first counts.
     Start,

@@ -34,12 +34,7 @@ pub struct Ended {
 /// Comes back when it serves.
 pub fn spawn(wrapper: &[&str], arguments: &[&str]) -> Process {
     let listen = if arguments.contains(&"--listen") { &[][..] } else { &["--listen", "127.0.0.1:0"] };
-    let mut process = Process::start(wrapper, &[&["serve"], listen, arguments].concat());
-    let line = process.wait_for_line("serving on ");
-    let urls = line.split("serving on ").nth(1).unwrap_or_default().split(" and ");
-    process.addresses =
-        urls.map(|url| url.trim().trim_start_matches("http://").parse().expect("an address follows http://")).collect();
-    process
+    Process::start(wrapper, &[&["serve"], listen, arguments].concat()).serving()
 }
 
 /// Runs `ringleader` to its end by itself.
@@ -53,6 +48,30 @@ impl Process {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).env_remove("RUST_LOG").stdin(Stdio::null());
         Self::of(&mut command)
+    }
+
+    /// Comes back when it serves.
+    #[track_caller]
+    pub fn serving(mut self) -> Self {
+        let line = self.wait_for_line("serving on ");
+        let urls = line.split("serving on ").nth(1).unwrap_or_default().split(" and ");
+        self.addresses = urls
+            .map(|url| url.trim().trim_start_matches("http://").parse().expect("an address follows http://"))
+            .collect();
+        self
+    }
+
+    /// Waits for its end, though others may go on printing where it did.
+    #[track_caller]
+    pub fn wait_alone(&mut self) -> Option<i32> {
+        let start = std::time::Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is our child") {
+                return status.code();
+            }
+            assert!(start.elapsed() < BOUND, "it does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Any command.

@@ -1,0 +1,94 @@
+//! What a server has to do with other processes: one that it hands over to, one that it takes over from, and the service
+//! manager. Options, and what follows from them.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Builder, Listen};
+use crate::Error;
+use crate::error::Kind;
+use crate::listen::Inheritance;
+use crate::supervisor::handover::Handover;
+use crate::systemd::Notifier;
+use crate::upgrade::successor::Launch;
+
+impl Builder {
+    /// Starts a new binary and hands over to it on SIGUSR2, as [`Handle::upgrade`](crate::Handle::upgrade) does by order.
+    pub fn upgrade_on_signal(mut self) -> Self {
+        self.signals.upgrade = true;
+        self
+    }
+
+    /// How the new process of an upgrade is started. Default: as this one was, by the same name, so that what lies under
+    /// it by then is run, with the same arguments. Its standard input is how it is spoken to; the first server it starts
+    /// takes the listeners over.
+    pub fn successor(mut self, command: impl Fn() -> Command + Send + Sync + 'static) -> Self {
+        self.successor = Some(Launch::Custom(Arc::new(command)));
+        self
+    }
+
+    /// How long the new process of an upgrade may take until every executor of it accepts connections. Then it is killed,
+    /// and this one goes on. Default 60 s, as tableflip's.
+    pub fn upgrade_timeout(mut self, limit: Duration) -> Self {
+        self.policy.upgrade_timeout = limit;
+        self
+    }
+
+    /// Calls this on SIGHUP, on a thread of its own, and logs the sentences it returns: what has changed, and what cannot
+    /// without a restart.
+    pub fn reload_on_signal(mut self, reload: impl Fn() -> Vec<String> + Send + Sync + 'static) -> Self {
+        self.signals.reload = true;
+        self.reload = Some(Arc::new(reload));
+        self
+    }
+
+    /// Works with systemd, if it started this process: takes the listeners of its `.socket` units (`LISTEN_FDS`) and
+    /// serves them besides the addresses given; tells it of readiness, reload, stop, status and a hand-over, and keeps its
+    /// watchdog quiet (`NOTIFY_SOCKET`); and lets it keep the listeners over a crash (`FDSTORE`). Descriptors from 3 on are
+    /// taken once in a process, by the first server that asks.
+    pub fn systemd(mut self) -> Self {
+        self.systemd = true;
+        self
+    }
+
+    /// An address to listen on if none is given otherwise, neither here nor by the service manager.
+    pub fn listen_by_default(mut self, address: impl Into<Listen>) -> Self {
+        self.listen_by_default = Some(address.into());
+        self
+    }
+
+    /// Logs what a stalled executor is doing: the backtrace of its thread. Default: off.
+    ///
+    /// Takes the highest real-time signal that has no handler, for as long as the server runs. When an executor stalls, its
+    /// thread gets this signal once; system calls that Linux never restarts (signal(7): `poll`, `nanosleep`) then return
+    /// EINTR. On x86-64 and aarch64.
+    pub fn stall_backtraces(mut self, log: bool) -> Self {
+        self.stall_backtraces = log;
+        self
+    }
+}
+
+impl Builder {
+    /// The addresses asked for.
+    pub(super) fn addresses(&self, inheritance: &Inheritance) -> Result<Vec<SocketAddr>, Error> {
+        let by_default =
+            self.listen_by_default.iter().filter(|_| self.listen.is_empty() && !inheritance.has_activated());
+        let found: Result<Vec<_>, _> = self.listen.iter().chain(by_default).map(Listen::resolve).collect();
+        let addresses = found?.concat();
+        if addresses.is_empty() && !inheritance.has_activated() {
+            return Err(Error::new(Kind::Usage, "no address to listen on was given"));
+        }
+        Ok(addresses)
+    }
+
+    pub(super) fn handover(&self, addresses: Vec<(SocketAddr, usize)>, inheritance: Inheritance) -> Handover {
+        let mut notifier = self.systemd.then(Notifier::from_environment).flatten();
+        if let (Some(notifier), true) = (&mut notifier, inheritance.predecessor.is_some()) {
+            notifier.wait_for_turn();
+        }
+        let launch = self.successor.clone().unwrap_or_else(Launch::as_this_process);
+        Handover::new(launch, addresses, inheritance, notifier, self.reload.clone())
+    }
+}

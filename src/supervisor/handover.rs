@@ -1,0 +1,272 @@
+//! What reaches beyond this process: a new binary that takes over, the process that this one takes over from, the
+//! service manager, and a reload.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::policy::{Event, SlotState, UpgradeRefusal};
+use super::post::{Message, Post};
+use super::{Supervisor, words};
+use crate::Error;
+use crate::error::Kind;
+use crate::listen::{self, Inheritance};
+use crate::order::Promise;
+use crate::systemd::Notifier;
+use crate::upgrade::Group;
+use crate::upgrade::successor::{Launch, Successor, Taken};
+
+/// How often the status for the service manager is looked at when nothing happens.
+const STATUS_PERIOD: Duration = Duration::from_secs(5);
+
+/// What a reload does: what changed and what cannot, in sentences.
+pub(crate) type Reload = Arc<dyn Fn() -> Vec<String> + Send + Sync>;
+
+/// All of it that the supervisor keeps.
+pub(crate) struct Handover {
+    /// How a new process is started.
+    launch: Launch,
+    /// The addresses, and how many listeners of each the service manager holds, too.
+    addresses: Vec<(SocketAddr, usize)>,
+    /// What this process has inherited and not used, and from whom.
+    inheritance: Inheritance,
+    notifier: Option<Notifier>,
+    status_due: Instant,
+    reload: Option<Reload>,
+    reloading: bool,
+    /// Who has asked for an upgrade and has no answer yet, the oldest first; `None` for a signal.
+    orders: VecDeque<Option<Promise<u32>>>,
+    successor: Option<(u32, Progress)>,
+    /// Why the last successor came to nothing.
+    failure: Option<String>,
+}
+
+/// How far a successor is.
+enum Progress {
+    /// Dropped, it is killed and waited for.
+    Starts(Successor),
+    /// Dropped, it learns that we go.
+    Ready(Taken),
+}
+
+impl Handover {
+    pub(crate) fn new(
+        launch: Launch,
+        addresses: Vec<(SocketAddr, usize)>,
+        inheritance: Inheritance,
+        notifier: Option<Notifier>,
+        reload: Option<Reload>,
+    ) -> Self {
+        Self {
+            launch,
+            addresses,
+            inheritance,
+            notifier,
+            status_due: Instant::now(),
+            reload,
+            reloading: false,
+            orders: VecDeque::new(),
+            successor: None,
+            failure: None,
+        }
+    }
+
+    /// When the service manager wants to hear from us although nothing happens.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let notifier = self.notifier.as_ref()?;
+        Some(notifier.due().map_or(self.status_due, |due| due.min(self.status_due)))
+    }
+
+    /// Tells the service manager and the old process that the server serves.
+    fn started(&mut self, post: Post) {
+        let rest = self.inheritance.close_rest();
+        if let Some(notifier) = &mut self.notifier {
+            for (address, listeners) in rest {
+                (0..listeners).for_each(|index| notifier.forget(address, index));
+            }
+            notifier.ready();
+        }
+        if let Some(predecessor) = self.inheritance.predecessor.take() {
+            predecessor.ready(move || post.send(Message::TakenOver));
+        }
+    }
+
+    /// The server does not start, or ends in error: the process before this one, if it waits, has to go on.
+    pub(super) fn refuse(&mut self, error: &Error) {
+        self.inheritance.refuse(error);
+    }
+
+    /// The server was told to stop.
+    pub(super) fn stopping(&mut self) {
+        if let Some(notifier) = &mut self.notifier {
+            notifier.stopping();
+        }
+    }
+
+    /// Somebody wants an upgrade; the policy answers.
+    pub(super) fn asked(&mut self, asked: Option<Promise<u32>>) {
+        self.orders.push_back(asked);
+    }
+
+    /// A successor has spoken, or has ended.
+    pub(super) fn answered(&mut self, successor: u32, said: Result<Taken, String>) -> Option<Event> {
+        let current = self.successor.take_if(|(number, _)| *number == successor);
+        match said {
+            Ok(taken) if current.is_none() => {
+                // Given up before it spoke.
+                taken.kill();
+                Some(Event::SuccessorFailed { successor })
+            }
+            Ok(taken) => {
+                self.successor = Some((successor, Progress::Ready(taken)));
+                Some(Event::SuccessorReady { successor })
+            }
+            Err(why) => {
+                self.failure = Some(why);
+                Some(Event::SuccessorFailed { successor })
+            }
+        }
+    }
+
+    /// Ends a successor that nobody waits for any more. It answers when it has ended.
+    pub(super) fn kill_successor(&mut self, successor: u32) {
+        match self.successor.take_if(|(number, _)| *number == successor) {
+            Some((_, Progress::Starts(starting))) => {
+                starting.kill("it was too late");
+                // Kept until it has answered: dropped, it would be waited for.
+                self.successor = Some((successor, Progress::Starts(starting)));
+            }
+            Some((_, Progress::Ready(taken))) => taken.kill(),
+            None => {}
+        }
+    }
+
+    /// The policy's answer to whoever asked.
+    pub(super) fn answer(&mut self, answer: Result<(), UpgradeRefusal>) {
+        // Who asked during an upgrade is refused at once; whose order it is waits for its end.
+        let asked = match answer {
+            Err(UpgradeRefusal::AlreadyUpgrading) => self.orders.pop_back(),
+            _ => self.orders.pop_front(),
+        };
+        match (answer, self.successor.take()) {
+            (Ok(()), Some((_, Progress::Ready(taken)))) => {
+                tracing::info!(process = taken.process, "a new process has taken over; this one drains");
+                if let Some(notifier) = &mut self.notifier {
+                    notifier.main_pid(taken.process);
+                }
+                if let Some(Some(asked)) = asked {
+                    asked.fulfil(Ok(taken.process));
+                }
+            }
+            (answer, successor) => {
+                self.successor = successor;
+                let refusal = answer.err().unwrap_or(UpgradeRefusal::Failed);
+                let why = words::upgrade_refusal(refusal, self.failure.take());
+                tracing::error!("no new process takes over: {why}");
+                if let Some(Some(asked)) = asked {
+                    asked.fulfil(Err(Error::new(Kind::Refused, format!("no new process takes over: {why}"))));
+                }
+            }
+        }
+    }
+}
+
+impl Supervisor {
+    /// Whatever is due by the clock. Called each time round the loop, so that the watchdog's keep-alives stop when the
+    /// loop does.
+    pub(super) fn tell_service_manager(&mut self, now: Instant) {
+        let status = (now >= self.handover.status_due && self.handover.notifier.is_some()).then(|| self.status());
+        let Some(notifier) = &mut self.handover.notifier else { return };
+        notifier.watchdog(now);
+        if let Some(status) = status {
+            self.handover.status_due = now + STATUS_PERIOD;
+            notifier.status(&status, now);
+        }
+    }
+
+    fn status(&self) -> String {
+        let open: u64 = self.seats.iter().map(|seat| seat.cells.open.get()).sum();
+        let count = |state: SlotState| self.policy.slots().filter(|slot| slot.state == state).count();
+        let (serving, stalled) = (count(SlotState::Ready), count(SlotState::Stalled));
+        let quarantined = count(SlotState::Quarantined);
+        format!("{serving} executors serve, {open} connections, {stalled} stalled, {quarantined} quarantined")
+    }
+
+    /// Every executor accepts.
+    pub(super) fn announce_start(&mut self) {
+        self.handover.started(self.shared.post.clone());
+        self.store_listeners();
+    }
+
+    /// The old process has acted upon our being ready: this one is the service's main process.
+    pub(super) fn taken_over(&mut self) {
+        if let Some(notifier) = &mut self.handover.notifier {
+            notifier.take_turn();
+            notifier.ready();
+        }
+        self.store_listeners();
+    }
+
+    fn store_listeners(&mut self) {
+        if self.handover.notifier.is_none() {
+            return;
+        }
+        match (self.listeners(), &mut self.handover.notifier) {
+            (Ok(groups), Some(notifier)) => notifier.store(groups),
+            (Err(error), _) => tracing::warn!(%error, "doubling the listeners for the service manager to keep"),
+            (Ok(_), None) => {}
+        }
+    }
+
+    /// Duplicates of all listeners.
+    fn listeners(&self) -> std::io::Result<Vec<Group>> {
+        let dealt: Vec<_> = self.seats.iter().filter_map(|seat| seat.listeners()).collect();
+        listen::gather(&self.handover.addresses, dealt.iter().flat_map(|of_slot| of_slot.iter()))
+    }
+
+    /// Starts the process that is to take over.
+    pub(super) fn spawn_successor(&mut self, successor: u32) {
+        tracing::info!("starting a new process that is to take over");
+        self.handover.failure = None;
+        let post = self.shared.post.clone();
+        let tell = move |said| post.send(Message::Successor(successor, said));
+        let started = self.listeners().map_err(|error| format!("doubling the listeners: {error}")).and_then(|groups| {
+            let started = Successor::start(self.handover.launch.clone(), groups, tell);
+            started.map_err(|error| format!("starting a thread for it: {error}"))
+        });
+        match started {
+            Ok(starting) => self.handover.successor = Some((successor, Progress::Starts(starting))),
+            Err(why) => self.shared.post.send(Message::Successor(successor, Err(why))),
+        }
+    }
+}
+
+/// A reload.
+impl Supervisor {
+    pub(super) fn reload_asked(&mut self) {
+        let Some(reload) = self.handover.reload.clone().filter(|_| !self.handover.reloading) else {
+            tracing::info!("a reload is under way");
+            return;
+        };
+        if let Some(notifier) = &mut self.handover.notifier {
+            notifier.reloading();
+        }
+        tracing::info!("reloading");
+        let post = self.shared.post.clone();
+        // On a thread of its own: reading files may take long.
+        let run = move || post.send(Message::Reloaded(reload()));
+        match std::thread::Builder::new().name("reload".to_owned()).spawn(run) {
+            Ok(_) => self.handover.reloading = true,
+            Err(error) => self.reloaded(&[format!("starting a thread for the reload: {error}")]),
+        }
+    }
+
+    pub(super) fn reloaded(&mut self, lines: &[String]) {
+        self.handover.reloading = false;
+        lines.iter().for_each(|line| tracing::info!("reload: {line}"));
+        if let Some(notifier) = &mut self.handover.notifier {
+            notifier.ready();
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! A new binary takes over, or does not.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use ringleader::{Server, Shard, service_fn};
+
+use crate::support::{Client, Process, Site, echo, local, settle, spawn};
+
+/// A process that took over; ended when the test is done with it.
+struct Heir(u32);
+
+impl Heir {
+    /// The one that the log tells of.
+    #[track_caller]
+    fn of(server: &mut Process) -> Self {
+        let line = server.wait_for_line("has taken over");
+        let number = line.rsplit("process=").next().and_then(|number| number.trim().parse().ok());
+        Self(number.unwrap_or_else(|| panic!("no process in {line}")))
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: sends a signal to the process that the test has brought about.
+        unsafe { libc::kill(self.0 as i32, signal) };
+    }
+}
+
+impl Drop for Heir {
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+    }
+}
+
+fn who(client: &mut Client) -> u32 {
+    let answer = client.get("/whoami");
+    let text = answer.text();
+    let number = text.split(r#""pid":"#).nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("no process in {text}"))
+}
+
+#[test]
+fn on_sigusr2_a_new_process_takes_over_and_the_old_one_finishes_what_it_has() {
+    let mut server = spawn(&[], &["--executors", "2", "--chaos"]);
+    let mut busy = server.connect();
+    assert_eq!(busy.get("/").status, 200);
+    busy.ask("/chaos/sleep?ms=1500");
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    assert_ne!(heir.0, server.id());
+    let answer = busy.answer();
+    assert_eq!((answer.status, answer.text()), (200, "slept\n"));
+    assert_eq!(server.wait_alone(), Some(0));
+    for _ in 0..8 {
+        assert_eq!(who(&mut server.connect()), heir.0);
+    }
+}
+
+#[test]
+fn upgrades_in_a_row_lose_no_connection() {
+    let mut server = spawn(&[], &["--executors", "3"]);
+    let address = server.address();
+    let (over, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut heirs = Vec::new();
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    assert_eq!(Client::connect(address).get("/").status, 200);
+                    served.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        server.signal(libc::SIGUSR2);
+        heirs.push(Heir::of(&mut server));
+        for generation in 0..3 {
+            server.wait_for_line("drained=true");
+            heirs[generation].signal(libc::SIGUSR2);
+            heirs.push(Heir::of(&mut server));
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(served.load(Ordering::Relaxed) > 10);
+}
+
+/// A place from which a program is run that can be replaced.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("ringleader-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).expect("there is room");
+        let place = Self(path);
+        place.put_the_binary();
+        place
+    }
+
+    fn program(&self) -> PathBuf {
+        self.0.join("server")
+    }
+
+    fn put_the_binary(&self) {
+        let next = self.0.join("next");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_ringleader"), &next).expect("it is new");
+        fs::rename(next, self.program()).expect("it is there");
+    }
+
+    fn put_a_script(&self, text: &str) {
+        let next = self.0.join("next");
+        fs::write(&next, format!("#!/bin/sh\n{text}\n")).expect("there is room");
+        fs::set_permissions(&next, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        fs::rename(next, self.program()).expect("it is there");
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_new_binary_that_is_no_good_costs_nothing_and_the_next_one_takes_over() {
+    let place = Place::new("replaced");
+    let mut command = Command::new(place.program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--executors", "2", "--upgrade-timeout", "3"]);
+    let mut server = Process::of(command.env_remove("RUST_LOG").stdin(Stdio::null())).serving();
+    let mut kept = server.connect();
+    for (script, reason) in [
+        ("exit 3", "it exited with status 3 before it was ready"),
+        ("kill -ABRT $$", "it was killed by SIGABRT before it was ready"),
+        ("exec <&-; exec sleep 1000", "it closed its standard input without a word"),
+        ("exec sleep 1000", "it was not ready in time"),
+        (&format!("exec {} serve --listen 192.0.2.1:80", env!("CARGO_BIN_EXE_ringleader")), "192.0.2.1:80"),
+        (&format!("exec {} serve --no-such-flag", env!("CARGO_BIN_EXE_ringleader")), "exited with status 2"),
+    ] {
+        place.put_a_script(script);
+        server.signal(libc::SIGUSR2);
+        let line = server.wait_for_line("no new process takes over");
+        assert!(line.contains(reason), "no {reason:?} in {line}");
+        assert_eq!(kept.get("/").status, 200);
+        for _ in 0..4 {
+            assert_eq!(who(&mut server.connect()), server.id());
+        }
+    }
+    place.put_the_binary();
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    assert_eq!(who(&mut server.connect()), heir.0);
+}
+
+#[test]
+fn during_an_upgrade_another_is_refused_and_a_stop_ends_both() {
+    let place = Place::new("hanging");
+    let mut command = Command::new(place.program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--executors", "1"]).stdin(Stdio::null());
+    let mut server = Process::of(&mut command).serving();
+    place.put_a_script("exec sleep 1000");
+    server.signal(libc::SIGUSR2);
+    server.wait_for_line("has been started");
+    server.signal(libc::SIGUSR2);
+    server.wait_for_line("an upgrade is under way");
+    server.signal(libc::SIGTERM);
+    // Its end is that of everybody who could still print: the new process has been killed.
+    server.wait().expect(0, &["the server was told to stop meanwhile", "stopped"]);
+}
+
+#[test]
+fn fewer_or_more_executors_take_over_all_listeners() {
+    for executors in [2, 6] {
+        let place = Place::new(&format!("sizes-{executors}"));
+        let mut command = Command::new(place.program());
+        command.args(["serve", "--listen", "127.0.0.1:0", "--executors", "4"]).stdin(Stdio::null());
+        let mut server = Process::of(&mut command).serving();
+        let binary = env!("CARGO_BIN_EXE_ringleader");
+        place.put_a_script(&format!("exec {binary} serve --listen 127.0.0.1:0 --executors {executors}"));
+        server.signal(libc::SIGUSR2);
+        let heir = Heir::of(&mut server);
+        assert_eq!(server.wait_alone(), Some(0));
+        for _ in 0..24 {
+            assert_eq!(who(&mut server.connect()), heir.0);
+        }
+        heir.signal(libc::SIGUSR2);
+        let next = Heir::of(&mut server);
+        for _ in 0..24 {
+            let answering = who(&mut server.connect());
+            assert!([heir.0, next.0].contains(&answering), "{answering}");
+        }
+    }
+}
+
+#[test]
+fn an_order_to_upgrade_has_an_answer() {
+    let site = Site::start(
+        local(1).successor(|| Command::new("/no/such/program")).serve(async |_: Shard| Ok(service_fn(echo))),
+    );
+    let error = settle(site.upgrade()).expect_err("there is no such program");
+    assert!(error.is_refused() && error.to_string().contains("/no/such/program"), "{error}");
+    assert_eq!(site.connect().get("/").status, 200);
+    let handle = ringleader::Handle::clone(&site);
+    drop(site);
+    assert!(settle(handle.upgrade()).is_err(), "it has ended");
+}
+
+#[test]
+fn an_embedder_says_how_its_successor_is_started() {
+    let server: Server = local(2)
+        .successor(|| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_ringleader"));
+            command.args(["serve", "--listen", "127.0.0.1:0", "--executors", "2"]).stderr(Stdio::null());
+            command
+        })
+        .serve(async |_: Shard| Ok(service_fn(echo)));
+    let running = Site::start(server).into_running();
+    let address = running.local_addrs()[0];
+    let heir = Heir(settle(running.upgrade()).expect("it is ready"));
+    assert!(settle(running.join()).expect("it has drained").drained);
+    assert_eq!(who(&mut Client::connect(address)), heir.0);
+}
