@@ -131,10 +131,10 @@ pub(crate) fn deal(groups: Vec<Group>, slots: usize) -> std::io::Result<Vec<Vec<
     for group in groups {
         let name: Arc<str> = Arc::from(group.address.to_string());
         let present = group.listeners.len();
-        for slot in present..slots {
+        for (slot, of_slot) in dealt.iter_mut().enumerate().skip(present) {
             let index = slot % present;
             let fd = group.listeners[index].try_clone()?;
-            dealt[slot].push(Listener { fd, name: Arc::clone(&name), index });
+            of_slot.push(Listener { fd, name: Arc::clone(&name), index });
         }
         for (index, fd) in group.listeners.into_iter().enumerate() {
             dealt[index % slots].push(Listener { fd, name: Arc::clone(&name), index });

@@ -110,6 +110,7 @@ fn header(part: &mut libc::iovec) -> libc::msghdr {
     message
 }
 
+#[allow(clippy::unnecessary_cast, reason = "the length is 32 bits with musl")]
 fn take_descriptors(message: &libc::msghdr) -> Vec<OwnedFd> {
     let mut descriptors = Vec::new();
     // SAFETY: the kernel has filled in `msg_control` and `msg_controllen`, which describe memory of the caller's that is
