@@ -153,6 +153,7 @@ pub struct Stats {
 pub(crate) struct Shared {
     pub addresses: Vec<SocketAddr>,
     pub warnings: Vec<String>,
+    pub steering: String,
     pub slots: Vec<Slot>,
     pub connections_max: u64,
     pub ready: AtomicBool,
@@ -235,6 +236,13 @@ impl Handle {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.0.warnings
+    }
+
+    /// How the kernel chooses the executor of a new connection: the policy, and the kind of program that carries it out,
+    /// with the reason where it is not the better kind.
+    #[must_use]
+    pub fn steering(&self) -> &str {
+        &self.0.steering
     }
 
     /// The CPU of each slot's executor, in order of the slots.

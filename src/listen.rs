@@ -21,6 +21,8 @@ pub(crate) struct Group {
     pub listeners: Vec<OwnedFd>,
     /// So many of the first were given by the service manager.
     pub activated: usize,
+    /// The array of the old process's steering program: a listener can be in one only.
+    pub sockets: Option<OwnedFd>,
 }
 
 /// What this process has been given by the one before it or by the service manager.
@@ -86,7 +88,7 @@ pub(crate) fn open(
             None => {
                 let listeners = bind::bind_group(*address, count, options).map_err(explain)?;
                 let address = socket::local_addr(listeners[0].as_fd()).unwrap_or(*address);
-                Group { address, listeners, activated: 0 }
+                Group { address, listeners, activated: 0, sockets: None }
             }
         });
     }
@@ -104,7 +106,7 @@ fn adopt(
     options: &ListenOptions,
     warnings: &mut Vec<String>,
 ) -> Result<Group, BindError> {
-    let upgrade::Group { address, listeners, activated } = group;
+    let upgrade::Group { address, listeners, activated, sockets } = group;
     let (listeners, missing) = bind::adopt_group(address, listeners, count, options)?;
     if missing.is_some() {
         warnings.push(format!(
@@ -114,7 +116,7 @@ fn adopt(
             listeners.len()
         ));
     }
-    Ok(Group { address, listeners, activated })
+    Ok(Group { address, listeners, activated, sockets })
 }
 
 impl Group {
@@ -156,7 +158,7 @@ pub(crate) fn gather<'a>(
         // What several slots share is one.
         members.dedup_by_key(|listener| listener.index);
         let listeners = members.iter().map(|listener| listener.fd.try_clone()).collect::<std::io::Result<_>>()?;
-        Ok(upgrade::Group { address: *address, listeners, activated: *activated })
+        Ok(upgrade::Group { address: *address, listeners, activated: *activated, sockets: None })
     };
     addresses.iter().map(group).collect()
 }
@@ -170,7 +172,7 @@ mod tests {
     fn group(members: usize) -> Group {
         let listeners = bind::bind_group("127.0.0.1:0".parse().unwrap(), members, &ListenOptions::default()).unwrap();
         let address = socket::local_addr(listeners[0].as_fd()).unwrap();
-        Group { address, listeners, activated: 0 }
+        Group { address, listeners, activated: 0, sockets: None }
     }
 
     fn inode(fd: BorrowedFd<'_>) -> u64 {
@@ -202,8 +204,12 @@ mod tests {
     fn what_is_inherited_is_not_bound_and_what_nobody_asks_for_is_kept_until_the_end() {
         let (kept, dropped, activated) = (group(2), group(1), group(1));
         let [kept_at, dropped_at, activated_at] = [kept.address, dropped.address, activated.address];
-        let passed =
-            |group: Group, activated| upgrade::Group { address: group.address, listeners: group.listeners, activated };
+        let passed = |group: Group, activated| upgrade::Group {
+            address: group.address,
+            listeners: group.listeners,
+            activated,
+            sockets: None,
+        };
         let mut inheritance =
             Inheritance { groups: vec![passed(dropped, 0), passed(activated, 1), passed(kept, 0)], predecessor: None };
         assert!(inheritance.has_activated());

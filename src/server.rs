@@ -480,8 +480,8 @@ impl Server {
         let connections_max = builder.room(cpus.len(), &mut warnings)?;
         // Before the executors, who write their heartbeats into its memory.
         let kernel = Kernel::probe(cpus.len() as u16, Realise::Best);
-        let groups = builder.bind(cpus.len(), inheritance, &mut warnings)?;
-        let table = builder.table(&groups, cpus.len(), &kernel, &mut warnings)?;
+        let mut groups = builder.bind(cpus.len(), inheritance, &mut warnings)?;
+        let table = builder.table(&mut groups, cpus.len(), &kernel, &mut warnings)?;
         let places: Vec<_> = groups.iter().map(|group| (group.address, group.activated)).collect();
         let addresses = places.iter().map(|(address, _)| *address).collect();
         warnings.extend(containment_warning(cfg!(panic = "abort")));
@@ -502,6 +502,7 @@ impl Server {
         let shared = Arc::new(Shared {
             addresses,
             warnings,
+            steering: table.description(),
             slots,
             connections_max,
             ready: AtomicBool::new(false),
@@ -597,9 +598,9 @@ impl Builder {
         listen::open(&asked, executors, &options, inheritance, warnings)
     }
 
-    fn table(
+    fn table<'a>(
         &self,
-        groups: &[Group],
+        groups: &'a mut [Group],
         executors: usize,
         kernel: &Kernel,
         warnings: &mut Vec<String>,
@@ -611,9 +612,12 @@ impl Builder {
         };
         let seed = std::process::id().wrapping_mul(0x9E37_79B9);
         let policy = steering::by_name(name, seed).expect("every variant of `Steering` names a policy");
-        let steered = groups.iter().filter(|group| group.can_be_steered(executors));
-        let members =
-            steered.map(|group| Members { listeners: &group.listeners[..executors], sockets: None }).collect();
+        let steered = groups.iter_mut().filter(|group| group.can_be_steered(executors));
+        let member = |group: &'a mut Group| {
+            let sockets = group.sockets.take();
+            Members { listeners: &group.listeners[..executors], sockets }
+        };
+        let members = steered.map(member).collect();
         let table = Table::new(policy, executors as u16, members, kernel)
             .map_err(|error| Error::new(Kind::System, format!("doubling a listener: {error}")))?;
         if table.replaces_programs() && procfs::cbpf_replacement_is_safe(&procfs::kernel_release()) == Some(false) {

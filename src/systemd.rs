@@ -262,7 +262,12 @@ fn group(named: Vec<(String, OwnedFd)>) -> Vec<Group> {
                 group.activated += usize::from(index.is_none());
                 group.listeners.push(listener);
             }
-            None => groups.push(Group { address, listeners: vec![listener], activated: usize::from(index.is_none()) }),
+            None => groups.push(Group {
+                address,
+                listeners: vec![listener],
+                activated: usize::from(index.is_none()),
+                sockets: None,
+            }),
         }
     }
     groups
@@ -350,7 +355,7 @@ mod tests {
         let (mut notifier, manager) = pair(None);
         let address = "[::1]:8080".parse().unwrap();
         let listeners = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap().into()).collect();
-        notifier.store_in_background(vec![Group { address, listeners, activated: 2 }]);
+        notifier.store_in_background(vec![Group { address, listeners, activated: 2, sockets: None }]);
         for thread in notifier.storing.drain(..) {
             thread.join().unwrap();
         }

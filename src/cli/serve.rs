@@ -324,6 +324,7 @@ fn announce(handle: &Handle, arguments: &Arguments) {
     let cpus = handle.cpus();
     tracing::info!("serving on {}", addresses.join(" and "));
     tracing::info!("{} executors on CPUs {cpus:?}, one listener each; process {}", cpus.len(), std::process::id());
+    tracing::info!("steering: {}", handle.steering());
     tracing::info!(
         "limits: {} connections per executor, backlog {}, head {} bytes and {} fields in {}, body {} in pieces of {}, idle {}, drain {}",
         handle.connections_max(),

@@ -291,9 +291,9 @@ impl Generation {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Drain { deadline, others_serve } => {
-                self.release_listeners(!others_serve);
-                self.core.drain(deadline, if others_serve { DRAIN_PATIENCE } else { Duration::ZERO });
+            Order::Drain { deadline, accept_rest, patient } => {
+                self.release_listeners(accept_rest);
+                self.core.drain(deadline, if patient { DRAIN_PATIENCE } else { Duration::ZERO });
             }
             Order::Stop | Order::Quit => self.ended = Some(Ended::Stopped),
             Order::Start(number) => {

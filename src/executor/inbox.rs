@@ -32,10 +32,10 @@ pub(crate) enum Order {
     Start(u64),
     /// Accept nothing more; finish what is running; whatever is left at the deadline is closed.
     ///
-    /// With `others_serve` the listeners live on: what waits in their queues is left to others, and a client between two
-    /// requests gets time for another one, since it may be sending it at this very moment. Without, there is nobody else:
-    /// what the kernel has completed is accepted first, and idle connections are closed.
-    Drain { deadline: Instant, others_serve: bool },
+    /// With `accept_rest` what the kernel has completed is accepted first: there may be nobody else who would. With
+    /// `patient` a client between two requests gets time for another one, since it may be sending it at this very moment;
+    /// else it is closed.
+    Drain { deadline: Instant, accept_rest: bool, patient: bool },
     /// End the generation now.
     Stop,
     /// End the slot's thread.

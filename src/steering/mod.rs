@@ -210,6 +210,15 @@ impl Table {
         Ok(Self { policy, slots, groups: duplicates?, way, in_force: None })
     }
 
+    /// Policy and realisation in words.
+    pub fn description(&self) -> String {
+        let (policy, way) = (self.policy.name(), self.realisation());
+        match self.reason() {
+            Some(reason) if self.slots > 1 => format!("{policy}, by {way}, because {reason}"),
+            _ => format!("{policy}, by {way}"),
+        }
+    }
+
     /// The policy's name.
     #[cfg(test)]
     pub fn policy(&self) -> &'static str {
@@ -239,7 +248,6 @@ impl Table {
     }
 
     /// Why it is not eBPF, in words that fit behind "because".
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the start-up output to come"))]
     pub fn reason(&self) -> Option<&str> {
         match &self.way {
             Way::Extended { .. } => None,
@@ -262,7 +270,6 @@ impl Table {
 
     /// For a process that takes the listeners over: the array of each group's sockets, in the order of the groups. None
     /// with classic BPF, which leaves nothing to pass on.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the upgrade to come"))]
     pub fn socket_arrays(&self) -> Vec<BorrowedFd<'_>> {
         match &self.way {
             Way::Extended { programs, .. } => programs.socket_arrays().collect(),

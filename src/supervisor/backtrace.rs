@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use framehop::FrameAddress;
 
+use crate::sys::affinity;
 use crate::sys::stack_sample::{SampleError, Sampler, StackSample, ThreadId};
 use images::{Image, Loaded, SymbolsOf};
 
@@ -75,7 +76,10 @@ impl Drop for Reporter {
 
 /// Samples `thread`, and says what it was doing, or why that cannot be told.
 fn of_thread(sampler: &Sampler, thread: &ThreadId) -> Result<Backtrace, SampleError> {
-    sampler.sample(thread, ANSWER_TIMEOUT).map(|sample| Backtrace::of(&sample))
+    let sample = sampler.sample(thread, ANSWER_TIMEOUT)?;
+    // What follows is long work, at a time when executors that do serve have more to do than usual.
+    affinity::step_back();
+    Ok(Backtrace::of(&sample))
 }
 
 /// What a thread was in the middle of, the innermost function first.

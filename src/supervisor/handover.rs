@@ -231,7 +231,15 @@ impl Supervisor {
         self.handover.failure = None;
         let post = self.shared.post.clone();
         let tell = move |said| post.send(Message::Successor(successor, said));
-        let started = self.listeners().map_err(|error| format!("doubling the listeners: {error}")).and_then(|groups| {
+        let steered = self.listeners().and_then(|mut groups| {
+            let arrays = self.steer.socket_arrays()?;
+            // With fewer some address is not steered, and there is no telling which.
+            if arrays.len() == groups.len() {
+                groups.iter_mut().zip(arrays).for_each(|(group, array)| group.sockets = Some(array));
+            }
+            Ok(groups)
+        });
+        let started = steered.map_err(|error| format!("doubling the listeners: {error}")).and_then(|groups| {
             let started = Successor::start(self.handover.launch.clone(), groups, tell);
             started.map_err(|error| format!("starting a thread for it: {error}"))
         });

@@ -324,11 +324,14 @@ impl Supervisor {
                 self.start_generation(slot, generation, thread, fresh_thread);
             }
             Action::Drain { slot, deadline, why } => {
-                let others_serve = why != DrainReason::Stop;
+                // The queue of a slot that is scaled down is rescued; the successor may not have asked for every address.
+                let accept_rest = why != DrainReason::ScaleDown;
+                // After a stop there is nobody who would answer.
+                let patient = why != DrainReason::Stop;
                 if why != DrainReason::ScaleDown {
                     self.drain_deadline = Some(deadline);
                 }
-                self.seat(slot).inbox.order(SlotOrder::Drain { deadline, others_serve });
+                self.seat(slot).inbox.order(SlotOrder::Drain { deadline, accept_rest, patient });
             }
             Action::StopNow { slot } => self.seat(slot).inbox.order(SlotOrder::Stop),
             Action::Join { slot, thread } => self.join(slot, thread),

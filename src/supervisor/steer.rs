@@ -2,6 +2,7 @@
 //! proportions that the steering policy sees fit.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,12 @@ impl Steer {
             table.forget();
         }
         self.put_in_force(seats);
+    }
+
+    /// Duplicates of what the steering program selects from, one for each address; none if it is a classic one.
+    pub(super) fn socket_arrays(&self) -> std::io::Result<Vec<OwnedFd>> {
+        let arrays = self.table.as_ref().map(Table::socket_arrays).unwrap_or_default();
+        arrays.iter().map(|array| array.try_clone_to_owned()).collect()
     }
 
     /// When the loads are to be looked at next.

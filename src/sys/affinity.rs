@@ -65,6 +65,12 @@ pub fn current_cpu() -> usize {
     usize::try_from(cpu).unwrap_or(0)
 }
 
+/// Gives the calling thread the lowest priority there is: it runs when nobody else of the process wants the CPU.
+pub fn step_back() {
+    // SAFETY: takes no memory. Zero is the calling thread; lowering one's own priority is always allowed.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+}
+
 /// Reads the kernel's notation for a set of CPUs: `0-3,7`. Ascending, each once.
 ///
 /// An empty list, a reversed range and a number from [`CPUS_MAX`] on are errors.

@@ -90,7 +90,7 @@ fn receive(line: BorrowedFd<'_>) -> Result<Vec<Group>, String> {
 }
 
 fn group(line: BorrowedFd<'_>) -> Result<Group, String> {
-    let (Message::Group { listeners: expected, address, activated }, _) = next(line)? else {
+    let (Message::Group { listeners: expected, address, activated, steered }, _) = next(line)? else {
         return Err("it sends something else where listeners of an address should come".to_owned());
     };
     let mut listeners = Vec::new();
@@ -106,7 +106,20 @@ fn group(line: BorrowedFd<'_>) -> Result<Group, String> {
     if let Some(other) = listeners.iter().find(|listener| !descriptors::listens(listener.as_fd())) {
         return Err(format!("descriptor {other:?} on {address} is not a listening TCP socket"));
     }
-    Ok(Group { address, listeners, activated })
+    let sockets = if steered { Some(sockets(line, address)?) } else { None };
+    Ok(Group { address, listeners, activated, sockets })
+}
+
+fn sockets(line: BorrowedFd<'_>, address: SocketAddr) -> Result<OwnedFd, String> {
+    match next(line)? {
+        (Message::Sockets { count: 1 }, with) if with.len() == 1 => {
+            Ok(with.into_iter().next().expect("its length has just been looked at"))
+        }
+        (other, with) => Err(format!(
+            "it sends '{other}' with {} descriptors where the array of its steering on {address} should come",
+            with.len()
+        )),
+    }
 }
 
 fn next(line: BorrowedFd<'_>) -> Result<(Message, Vec<OwnedFd>), String> {
@@ -180,7 +193,12 @@ mod tests {
 
     #[test]
     fn an_address_is_claimed_once_and_port_zero_takes_what_there_is() {
-        let group = |address: &str| Group { address: address.parse().unwrap(), listeners: Vec::new(), activated: 0 };
+        let group = |address: &str| Group {
+            address: address.parse().unwrap(),
+            listeners: Vec::new(),
+            activated: 0,
+            sockets: None,
+        };
         let mut groups = vec![group("127.0.0.1:80"), group("[::]:80"), group("127.0.0.1:81")];
         let mut claimed =
             |asked: &str| claim(&mut groups, asked.parse().unwrap()).map(|group| group.address.to_string());

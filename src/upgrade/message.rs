@@ -16,10 +16,13 @@ pub const BYTES_MAX: usize = 4096;
 pub enum Message {
     /// The first one: the old process, and how many groups will follow.
     Hello { version: u32, process: u32, groups: usize },
-    /// A group's address, the number of its listeners, which follow, and how many of them the service manager gave.
-    Group { listeners: usize, address: SocketAddr, activated: usize },
+    /// A group's address, the number of its listeners, which follow, how many of them the service manager gave, and
+    /// whether the array of a steering program follows after them.
+    Group { listeners: usize, address: SocketAddr, activated: usize, steered: bool },
     /// This many of the group's listeners are with this message.
     Listeners { count: usize },
+    /// So many arrays of a steering program, which is one, are with this message.
+    Sockets { count: usize },
     /// The new process accepts connections on every executor.
     Ready { process: u32 },
     /// The new process will not serve.
@@ -44,8 +47,10 @@ impl Message {
                 listeners: number()? as usize,
                 address: words.next()?.parse().ok()?,
                 activated: words.next().map_or(Some(0), |count| count.parse().ok())?,
+                steered: words.next() == Some("steered"),
             }),
             "listeners" => Some(Self::Listeners { count: number()? as usize }),
+            "sockets" => Some(Self::Sockets { count: number()? as usize }),
             "ready" => Some(Self::Ready { process: number()? }),
             "failed" => Some(Self::Failed { reason: rest.to_owned() }),
             _ => None,
@@ -67,10 +72,11 @@ impl fmt::Display for Message {
             Self::Hello { version, process, groups } => {
                 write!(formatter, "ringleader-upgrade {version} {process} {groups}")
             }
-            Self::Group { listeners, address, activated } => {
-                write!(formatter, "group {listeners} {address} {activated}")
+            Self::Group { listeners, address, activated, steered } => {
+                write!(formatter, "group {listeners} {address} {activated}{}", if *steered { " steered" } else { "" })
             }
             Self::Listeners { count } => write!(formatter, "listeners {count}"),
+            Self::Sockets { count } => write!(formatter, "sockets {count}"),
             Self::Ready { process } => write!(formatter, "ready {process}"),
             Self::Failed { reason } => write!(formatter, "failed {reason}"),
         }
@@ -85,8 +91,9 @@ mod tests {
     fn every_message_is_read_as_it_was_written() {
         for message in [
             Message::Hello { version: VERSION, process: 4711, groups: 2 },
-            Message::Group { listeners: 1024, address: "127.0.0.1:8080".parse().unwrap(), activated: 0 },
-            Message::Group { listeners: 1, address: "[::1]:443".parse().unwrap(), activated: 1 },
+            Message::Group { listeners: 1024, address: "127.0.0.1:8080".parse().unwrap(), activated: 0, steered: true },
+            Message::Group { listeners: 1, address: "[::1]:443".parse().unwrap(), activated: 1, steered: false },
+            Message::Sockets { count: 1 },
             Message::Listeners { count: 250 },
             Message::Ready { process: 1 },
             Message::Failed { reason: "cannot listen on 127.0.0.1:80: permission denied; ü".to_owned() },

@@ -27,4 +27,6 @@ pub struct Group {
     /// So many of the first were given by the service manager, which holds them, too. If there are any, the address is
     /// served whether it is asked for or not.
     pub activated: usize,
+    /// The array that the steering program selects from, if it is an extended one.
+    pub sockets: Option<OwnedFd>,
 }

@@ -248,11 +248,14 @@ fn give(line: BorrowedFd<'_>, groups: Vec<Group>) -> Result<(), Why> {
         Err(error) => Err(Some(format!("handing it the listeners: {error}"))),
     };
     send(Message::Hello { version: VERSION, process: std::process::id(), groups: groups.len() }, &[])?;
-    for Group { address, listeners, activated } in groups {
-        send(Message::Group { listeners: listeners.len(), address, activated }, &[])?;
+    for Group { address, listeners, activated, sockets } in groups {
+        send(Message::Group { listeners: listeners.len(), address, activated, steered: sockets.is_some() }, &[])?;
         let listeners: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
         for batch in listeners.chunks(descriptors::BATCH_MAX) {
             send(Message::Listeners { count: batch.len() }, batch)?;
+        }
+        if let Some(sockets) = sockets {
+            send(Message::Sockets { count: 1 }, &[sockets.as_fd()])?;
         }
     }
     Ok(())
@@ -334,7 +337,12 @@ mod tests {
 
     fn group() -> Vec<Group> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        vec![Group { address: listener.local_addr().unwrap(), listeners: vec![listener.into()], activated: 0 }]
+        vec![Group {
+            address: listener.local_addr().unwrap(),
+            listeners: vec![listener.into()],
+            activated: 0,
+            sockets: None,
+        }]
     }
 
     fn start(launch: Launch) -> (Successor, mpsc::Receiver<Result<Taken, String>>) {
