@@ -301,7 +301,8 @@ impl Future for Connection {
         let this = &mut *self;
         if this.draining == Draining::No && this.core.draining().is_some() {
             this.draining = Draining::Noticed;
-            if !this.core.patience().is_zero() && this.activity.is_between_requests() {
+            let is_speaking = matches!(this.stage, Stage::Speaking(_));
+            if is_speaking && !this.core.patience().is_zero() && this.activity.is_between_requests() {
                 this.hibernate();
             }
             if let Stage::Silent(io) = &this.stage {
