@@ -68,7 +68,7 @@ impl Config {
     }
 }
 
-/// What becomes of an executor that has been stalled for [`Config::hang_timeout`].
+/// What becomes of an executor that has been stalled for as long as a hang takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HangPolicy {
     /// Its sockets are shut down, its thread is left behind, and another takes the slot.
