@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
 
@@ -32,6 +32,8 @@ use crate::sys::stack_sample::ThreadId;
 const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
 /// Entries of each of glommio's three rings; they carry file reads, timers and two eventfds here.
 const GLOMMIO_RING_DEPTH: usize = 64;
+/// How long a slot's thread stays awake when its generation has ended: some times what the supervisor takes to answer.
+const ORDER_AWAITED: Duration = Duration::from_millis(2);
 /// Large on purpose: with a short one glommio 0.9 can park with runnable work (see ARCHITECTURE.md, "Parking").
 const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);
 
@@ -278,6 +280,7 @@ async fn outer(seat: &SlotSeat) {
                 seat.inbox.look_again();
                 let ended = generation::run(seat, number, &mut ring_bell, &mut inbox_bell).await;
                 (seat.reports)(Report::Ended { slot: seat.slot, generation: number, ended });
+                await_order(seat);
             }
             Some(Order::Quit) => break,
             // There is no generation to drain or stop.
@@ -297,6 +300,15 @@ async fn outer(seat: &SlotSeat) {
     inbox_bell.close().await;
     // One more round of glommio's reactor closes files that were dropped in the middle of a read.
     hand_over().await;
+}
+
+/// Stays awake for the supervisor's answer, which mostly is another generation at once: on a busy CPU, going to sleep and
+/// being woken takes longer than all the rest of a restart.
+fn await_order(seat: &SlotSeat) {
+    let until = Instant::now() + ORDER_AWAITED;
+    while !seat.inbox.is_filled() && Instant::now() < until {
+        std::thread::yield_now();
+    }
 }
 
 fn bells(seat: &SlotSeat) -> std::io::Result<(Doorbell, Doorbell)> {

@@ -48,7 +48,10 @@ struct Seen {
 pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     let common = &arguments.common;
     let cpus = common.cpus_or("0,1");
-    let server = common.start(common.port, &["--executors", "4", "--cpus", &cpus, "--chaos", "--log", "off"])?;
+    // More than a hundred panics within ten seconds would have the executor restarted; that is `escapes`' matter.
+    let escalation = ["--escalate-after", "0"];
+    let arguments_of_server = ["--executors", "4", "--cpus", &cpus, "--chaos", "--log", "off"];
+    let server = common.start(common.port, &[&arguments_of_server[..], &escalation].concat())?;
     println!("server: {}, process {}", server.command, server.pid());
     let seen = Rc::new(Seen::default());
     let mut progress = Progress::new();
