@@ -163,9 +163,12 @@ pub struct Ramp {
     /// Seconds from 10 to 90 % of the capacity of the most executors, and back
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
     ramp: f64,
-    /// Seconds before, between and after
+    /// Seconds before and between
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
     hold: f64,
+    /// Seconds after: by default one executor goes each 30 s at the most
+    #[arg(long, value_name = "SECONDS", default_value_t = 210.0)]
+    rest: f64,
     /// Ramps up and down
     #[arg(long, default_value_t = 1)]
     runs: usize,
@@ -181,14 +184,14 @@ const WINDOW: Duration = Duration::from_secs(1);
 impl Ramp {
     /// The share of the capacity that is asked for at a time of one run.
     fn share(&self, at: Duration) -> f64 {
-        let at = at.as_secs_f64() % (2.0 * self.ramp + 3.0 * self.hold);
+        let at = at.as_secs_f64() % self.run_time().as_secs_f64();
         let up = ((at - self.hold) / self.ramp).clamp(0.0, 1.0);
         let down = ((at - 2.0 * self.hold - self.ramp) / self.ramp).clamp(0.0, 1.0);
         LOW + (HIGH - LOW) * (up - down)
     }
 
     fn run_time(&self) -> Duration {
-        Duration::from_secs_f64(2.0 * self.ramp + 3.0 * self.hold)
+        Duration::from_secs_f64(2.0 * self.ramp + 2.0 * self.hold + self.rest)
     }
 }
 
