@@ -31,6 +31,8 @@ pub(crate) enum Failure {
     Usage(String),
     /// It went wrong: status 1.
     Failed(String),
+    /// It has ended as ordered, but not everything was finished: status 3.
+    Unfinished(String),
 }
 
 impl From<ringleader::Error> for Failure {
@@ -48,6 +50,7 @@ pub(crate) fn run() -> ExitCode {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => (2, message),
         Err(Failure::Failed(message)) => (1, message),
+        Err(Failure::Unfinished(message)) => (3, message),
     };
     eprintln!("ringleader: {message}");
     ExitCode::from(status)

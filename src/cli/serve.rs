@@ -213,6 +213,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     if exit.abandoned_closures > 0 {
         return Err(Failure::Failed(format!("{} blocking closures did not end in time", exit.abandoned_closures)));
     }
+    if exit.failed > 0 {
+        return Err(Failure::Unfinished(format!("stopped; {} executors failed during the drain", exit.failed)));
+    }
+    if !exit.drained {
+        return Err(Failure::Unfinished(
+            "stopped; connections were cut off before their requests were answered".to_owned(),
+        ));
+    }
     tracing::info!(drained = exit.drained, "stopped");
     Ok(())
 }
