@@ -62,8 +62,8 @@ struct Supervisor {
     name: String,
     policy: Policy,
     seats: Vec<Arc<SlotSeat>>,
-    /// By slot and number; those joined are gone.
-    threads: HashMap<(u16, u32), JoinHandle<()>>,
+    /// By slot and number; those joined are gone. `None` is one that could not be started.
+    threads: HashMap<(u16, u32), Option<JoinHandle<()>>>,
     /// The seats of threads that were left behind, for the orders to them.
     left_behind: HashMap<(u16, u32), Arc<SlotSeat>>,
     steer: Steer,
@@ -383,76 +383,88 @@ impl Supervisor {
     }
 
     fn start_generation(&mut self, slot: u16, generation: u32, thread: u32, fresh_thread: bool) {
-        let seat = Arc::clone(self.seat(slot));
         if fresh_thread {
-            seat.inbox.forget_orders();
-            match slot::spawn(Arc::clone(&seat), thread) {
-                Ok(handle) => drop(self.threads.insert((slot, thread), handle)),
-                Err(error) => {
-                    tracing::error!(slot, %error, "starting an executor's thread");
-                    let report = Report::ThreadEnded { slot, thread };
-                    // Known as if it had lived, so that the report counts.
-                    self.threads.insert((slot, thread), std::thread::spawn(|| ()));
-                    self.shared.post.send(Message::Report(report));
-                    return;
-                }
+            let started = self.vacate(slot).and_then(|()| {
+                let seat = self.seat(slot);
+                seat.inbox.forget_orders();
+                slot::spawn(Arc::clone(seat), thread)
+            });
+            let failure = started.as_ref().err().map(ToString::to_string);
+            // Known as if it had lived, so that the report counts.
+            self.threads.insert((slot, thread), started.ok());
+            if let Some(error) = failure {
+                tracing::error!(slot, error, "an executor's thread could not be started");
+                return self.shared.post.send(Message::Report(Report::ThreadEnded { slot, thread }));
             }
         }
-        seat.inbox.order(SlotOrder::Start(u64::from(generation)));
+        self.seat(slot).inbox.order(SlotOrder::Start(u64::from(generation)));
+    }
+
+    /// Sees to it that nobody sits in the slot's seat: one that was left behind keeps the seat it has.
+    fn vacate(&mut self, slot: u16) -> std::io::Result<()> {
+        let seat = Arc::clone(self.seat(slot));
+        if !self.left_behind.values().any(|left| Arc::ptr_eq(left, &seat)) {
+            return Ok(());
+        }
+        let fresh = seat.replacement()?;
+        while let Some(handed) = seat.inbox.next_handed() {
+            fresh.inbox.hand(handed);
+        }
+        self.shared.slots[usize::from(slot)].count_in(Arc::clone(&fresh.cells));
+        self.seats[usize::from(slot)] = fresh;
+        Ok(())
     }
 
     fn join(&mut self, slot: u16, thread: u32) {
         let Some(handle) = self.threads.remove(&(slot, thread)) else { return };
         let left_behind = self.left_behind.remove(&(slot, thread));
-        if !handle.is_finished() {
-            left_behind.as_ref().unwrap_or(self.seat(slot)).inbox.order(SlotOrder::Quit);
-        }
         if left_behind.is_some() {
             self.shared.threads_leaked.fetch_sub(1, Ordering::Relaxed);
+        }
+        let Some(handle) = handle else { return };
+        if !handle.is_finished() {
+            left_behind.as_ref().unwrap_or(self.seat(slot)).inbox.order(SlotOrder::Quit);
         }
         if handle.join().is_err() {
             tracing::error!(slot, thread, "an executor's thread ended in a panic");
         }
     }
 
+    /// Gives up an executor that was told to stop, and does not.
     fn abandon(&mut self, slot: u16, thread: u32) {
-        tracing::error!(slot, thread, "an executor does not answer the order to stop: its thread is left behind");
-        self.leave_behind(slot, thread);
+        let connections = self.leave_behind(slot, thread);
+        tracing::error!(
+            slot,
+            thread,
+            connections,
+            "an executor does not answer the order to stop: its connections were ended, its thread is left behind"
+        );
     }
 
-    fn leave_behind(&mut self, slot: u16, thread: u32) {
-        self.left_behind.insert((slot, thread), Arc::clone(self.seat(slot)));
-        self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Gives a hung executor up: its clients see the end of their connections, its thread may come back and end.
+    /// Gives a hung executor up: its thread may come back, and ends then.
     fn condemn(&mut self, slot: u16, thread: u32, generation: u32) {
-        let seat = Arc::clone(self.seat(slot));
-        let sockets = seat.sockets.shut_down_all();
+        let connections = self.leave_behind(slot, thread);
         tracing::error!(
             slot,
             generation,
-            connections = sockets,
+            connections,
             "an executor hangs and is replaced: its connections were ended, its thread is left behind"
         );
         self.failures.insert(slot, "it hung".to_owned());
+        let seat = self.seat(slot);
         seat.inbox.order(SlotOrder::Stop);
         seat.inbox.order(SlotOrder::Quit);
-        self.leave_behind(slot, thread);
-        match seat.replacement() {
-            Ok(fresh) => {
-                while let Some(handed) = seat.inbox.next_handed() {
-                    fresh.inbox.hand(handed);
-                }
-                self.shared.slots[usize::from(slot)].count_in(Arc::clone(&fresh.cells));
-                self.seats[usize::from(slot)] = fresh;
-                self.watchdog.forget(slot);
-                self.steer.set_full(slot, false, &self.seats);
-            }
-            // The start that follows meets the old seat's inbox, whose orders are forgotten: the thread that hangs will
-            // not hear them, and two threads would share the counters. Nothing worse.
-            Err(error) => tracing::error!(slot, %error, "there is no descriptor for the new executor's inbox"),
-        }
+        self.watchdog.forget(slot);
+        self.steer.set_full(slot, false, &self.seats);
+    }
+
+    /// Ends the connections of an executor from outside, so that its clients do not wait for it; how many there were.
+    fn leave_behind(&mut self, slot: u16, thread: u32) -> usize {
+        let seat = Arc::clone(self.seat(slot));
+        let connections = seat.sockets.shut_down_all();
+        self.left_behind.insert((slot, thread), seat);
+        self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
+        connections
     }
 
     fn rescue(&mut self) {
