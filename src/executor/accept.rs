@@ -20,6 +20,8 @@ const REST: Duration = Duration::from_millis(50);
 /// soon as it is full; those in its queue already, and all when every slot is full, get this long for a place to fall
 /// vacant.
 const FULL_MAX: Duration = Duration::from_secs(1);
+/// The log hears of a lack of descriptors this often at the most.
+const SAY_AGAIN: Duration = Duration::from_secs(1);
 /// Connections answered with a close when the descriptors have run out, per rest.
 const SHED_MAX: usize = 64;
 
@@ -38,6 +40,9 @@ pub(crate) struct Acceptor {
     listeners: Arc<Vec<Listener>>,
     ready: Vec<bool>,
     _claim: Claim,
+    /// When the log last heard of a lack of descriptors, and how many connections were closed for it since.
+    said: Option<Instant>,
+    unsaid: u64,
     /// Tries in a row in which nothing could be accepted, not even to close it.
     stuck: u32,
     rest_until: Option<Instant>,
@@ -49,7 +54,17 @@ impl Acceptor {
     /// Accepts while fewer than `open_max` connections are open.
     pub(crate) fn new(listeners: Arc<Vec<Listener>>, open_max: u64) -> Self {
         let ready = vec![true; listeners.len()];
-        Self { listeners, ready, _claim: Claim::new(), stuck: 0, rest_until: None, open_max, full_since: None }
+        Self {
+            listeners,
+            ready,
+            _claim: Claim::new(),
+            said: None,
+            unsaid: 0,
+            stuck: 0,
+            rest_until: None,
+            open_max,
+            full_since: None,
+        }
     }
 
     pub(crate) fn listeners(&self) -> &[Listener] {
@@ -120,6 +135,7 @@ impl Acceptor {
                 Ok((fd, _)) if reserve::is_scarce() => {
                     drop(fd);
                     cells.shed.add(1);
+                    self.unsaid += 1;
                     return self.out_of_descriptors(index, now, None, cells);
                 }
                 Ok((fd, peer)) => {
@@ -168,13 +184,15 @@ impl Acceptor {
     fn out_of_descriptors(&mut self, index: usize, now: Instant, error: Option<&io::Error>, cells: &Cells) {
         let (shed, stopped_by) = self.close_waiting(index, cells, reserve::shed);
         self.rest_until = Some(now + REST);
+        self.unsaid += shed;
         let (name, open) = (&self.listeners[index].name, cells.open.get());
-        if shed > 0 {
+        if (self.unsaid > 0 || error.is_some()) && self.said.is_none_or(|said| now >= said + SAY_AGAIN) {
             tracing::warn!(
-                listener = %name, error = error.map(tracing::field::display), closed = shed, open,
+                listener = %name, error = error.map(tracing::field::display), closed = self.unsaid, open,
                 "accept4 ran out of resources: connections were closed unanswered; raise the limit (ulimit -n, \
                  LimitNOFILE=) or lower the number of connections per executor"
             );
+            (self.said, self.unsaid) = (Some(now), 0);
         }
         self.stuck = if shed == 0 && stopped_by.is_some() { self.stuck.saturating_add(1) } else { 0 };
         // Once is another executor that has a reserve by accident and gives it back at once.
