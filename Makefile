@@ -34,7 +34,7 @@ test: toolchain test-tools
 test-asan: toolchain
 ifeq ($(shell uname -m),x86_64)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS='-Zsanitizer=address' LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan-suppressions.txt \
-		$(CARGO) test --target $(HOST) --lib -- net:: executor:: sys:: steering:: files::
+		$(CARGO) test --target $(HOST) --lib -- net:: executor:: sys:: steering:: files:: shard_local::
 else
 	@echo 'test-asan: skipped, it is set up for x86-64 only'
 endif

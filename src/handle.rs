@@ -113,6 +113,9 @@ pub struct ExecutorStats {
     pub turns: u64,
     /// Times the executor went to sleep.
     pub sleeps: u64,
+    /// Values of [`ShardLocal`](crate::ShardLocal) that are never dropped, for their executor's thread ended before their
+    /// last handle.
+    pub values_leaked: u64,
 }
 
 impl ExecutorStats {
@@ -133,6 +136,7 @@ impl ExecutorStats {
             overloaded: cells.overloaded.get(),
             turns: cells.turns.get(),
             sleeps: cells.sleeps.get(),
+            values_leaked: cells.values_leaked.get(),
         }
     }
 }

@@ -39,6 +39,7 @@
 //! | the [`Service`] it returns, its futures, its response bodies | need not be |
 //! | [`Shard`], [`Task`] | not: bound to their executor |
 //! | closures of [`Shard::spawn_blocking`] and what they return; [`Blocking`] | `Send` |
+//! | [`ShardLocal`], a handle to a value of one executor, whatever that is | `Send`, `Sync` and `Clone`; used elsewhere it panics |
 //! | [`Sleep`] | `Send`, for futures that must be; polled elsewhere than on its executor it panics |
 //! | [`Server`], [`Running`], [`Handle`], [`Order`] | `Send`; [`Handle`] is `Clone`, too |
 //!
@@ -101,6 +102,7 @@ mod server;
 mod service;
 mod settings;
 mod shard;
+mod shard_local;
 mod steering;
 mod supervisor;
 mod sys;
@@ -119,6 +121,7 @@ pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
 pub use settings::{Escalation, HttpLimits, Overload, PanicPolicy};
 pub use shard::{Blocking, Draining, Shard, SlotId, Task, TaskError};
+pub use shard_local::ShardLocal;
 pub use supervisor::policy::{HangPolicy, Scaling};
 pub use time::{Elapsed, Sleep, Timeout};
 

@@ -14,6 +14,7 @@ use crate::executor::core::{Core, Failure, Scene};
 use crate::executor::tasks::OnPanic;
 use crate::handle::{ExecutorState, ExecutorStats};
 use crate::protocol::answer::Contained;
+use crate::shard_local::ShardLocal;
 use crate::time::{Sleep, Timeout};
 
 /// A slot's number: 0 to the number of slots less one, for the life of the server.
@@ -145,6 +146,13 @@ impl Shard {
         T: Send + 'static,
     {
         Blocking(self.core.blocking.run(self.core.slot, self.core.generation, closure))
+    }
+
+    /// Wraps a value of this executor in a handle that is `Send`, for frameworks that demand it: see [`ShardLocal`].
+    /// Where nothing demands it, capture the value, or use an `Rc`.
+    #[must_use]
+    pub fn local<T: 'static>(&self, value: T) -> ShardLocal<T> {
+        ShardLocal::new(&self.core, value)
     }
 
     /// Completes after `duration`, rounded up to a millisecond.

@@ -9,8 +9,9 @@ const LINES_MAX_OF_TESTS: usize = 1000;
 
 /// Each module of `src` and those it may import, from the top downward. `root` is what `lib.rs` re-exports.
 ///
-/// Three rows look upward: what a slot's thread runs is described by `server` (the factory of a service, the connector
-/// of a connection), the start-up closure is handed a `shard`, and a stream belongs to the `executor` that owns its ring.
+/// Some rows look upward: what a slot's thread runs is described by `server` (the factory of a service, the connector
+/// of a connection), the start-up closure is handed a `shard`, a stream belongs to
+/// the `executor` that owns its ring, and a `shard_local` value that was let go of elsewhere comes home to its `executor`.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     // The command is a user of the public interface: it imports `ringleader`, which needs no row.
     ("cli", &[]),
@@ -49,9 +50,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("systemd", &["sys", "upgrade"]),
     ("upgrade", &["sys"]),
     ("handle", &["root", "executor", "order", "shard", "supervisor"]),
-    ("shard", &["root", "blocking", "executor", "handle", "protocol", "sys", "time"]),
+    ("shard", &["root", "blocking", "executor", "handle", "protocol", "shard_local", "sys", "time"]),
+    ("shard_local", &["executor", "panics"]),
     ("protocol", &["root", "body", "executor", "files", "net", "panics", "server", "service", "settings", "time"]),
-    ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "sys"]),
+    ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "shard_local", "sys"]),
     ("net", &["executor", "sys"]),
     ("blocking", &["panics", "sys"]),
     ("panics", &["settings"]),
@@ -66,8 +68,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("sys", &[]),
 ];
 
-/// Where `unsafe` may be: system calls, the ring, and two doors to a descriptor.
-const UNSAFE: &[&str] = &["src/sys/", "src/net/ring/", "src/files/open.rs", "src/executor/park.rs"];
+/// Where `unsafe` may be: system calls, the ring, two doors to a descriptor, and handles that may leave their thread while
+/// what they hold does not.
+const UNSAFE: &[&str] =
+    &["src/sys/", "src/net/ring/", "src/files/open.rs", "src/executor/park.rs", "src/shard_local.rs"];
 
 /// What the pure part of the supervisor must not know of.
 const IMPURE: &[&str] =

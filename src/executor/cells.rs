@@ -54,6 +54,8 @@ pub(crate) struct Cells {
     pub turns: Cell,
     /// Times it went to sleep.
     pub sleeps: Cell,
+    /// Values that other threads still held when their executor's thread ended.
+    pub values_leaked: Cell,
     /// The generation that lives, or lived last.
     pub generation: Cell,
 }
@@ -73,6 +75,7 @@ impl Cells {
             (&new.busy, &self.busy),
             (&new.turns, &self.turns),
             (&new.sleeps, &self.sleeps),
+            (&new.values_leaked, &self.values_leaked),
             (&new.generation, &self.generation),
         ] {
             new.set(old.get());

@@ -23,6 +23,7 @@ use crate::panics::Panic;
 use crate::panics::escalator::Escalator;
 use crate::panics::lines::{Lines, More};
 use crate::settings::{PanicPolicy, Settings};
+use crate::shard_local::Home;
 use crate::sys::memory;
 
 /// Hibernated connections from which on their memory, 8 KiB each, is worth a round through the allocator.
@@ -67,6 +68,8 @@ pub(crate) enum Scene {
     Connection,
     /// A spawned task, which has an owner to tell.
     SpawnedTask,
+    /// A value whose last handle was dropped on another thread, as it was dropped here.
+    Returned,
     /// The end of a generation: something panicked as it was dropped.
     TearDown,
 }
@@ -78,6 +81,9 @@ impl Scene {
             Self::ResponseBody => "a response's body panicked, its connection is broken off",
             Self::Connection => "a connection's task panicked, the connection is broken off",
             Self::SpawnedTask => "a spawned task panicked, it alone has ended",
+            Self::Returned => {
+                "a value that was let go of on another thread panicked as it was dropped, which costs nothing more"
+            }
             Self::TearDown => "something panicked as it was dropped at its generation's end, which costs nothing more",
         }
     }
@@ -91,6 +97,8 @@ pub(crate) struct Core {
     pub cells: Arc<Cells>,
     pub settings: Arc<Settings>,
     pub blocking: Arc<Pool>,
+    /// Where values come back to that were let go of on other threads: this thread, over all its generations.
+    pub home: Arc<Home>,
     /// `None` once the generation has been torn down, while something of its user's still holds on to it.
     driver: RefCell<Option<Driver>>,
     wheel: RefCell<Wheel<Waker>>,
@@ -130,6 +138,7 @@ impl Core {
             shedder: Shedder::new(&seat.settings.overload).map(RefCell::new),
             settings: Arc::clone(&seat.settings),
             blocking: Arc::clone(&seat.blocking),
+            home: Home::of_this_thread(&seat.inbox),
             driver: RefCell::new(Some(driver)),
             wheel: RefCell::new(Wheel::new(now)),
             tasks: Tasks::new(serial, Arc::clone(&seat.inbox)),
@@ -151,6 +160,12 @@ impl Core {
     /// The core of the executor that runs on this thread.
     pub(crate) fn current() -> Option<Rc<Self>> {
         CURRENT.try_with(|current| current.borrow().clone()).ok().flatten()
+    }
+
+    /// Serial of the generation that lives on this thread; 0 when there is none.
+    pub(crate) fn serial_here() -> u64 {
+        let serial = |core: &Option<Rc<Self>>| core.as_ref().map_or(0, |core| core.serial);
+        CURRENT.try_with(|current| current.try_borrow().map_or(0, |core| serial(&core))).unwrap_or(0)
     }
 
     /// Runs `act` on this thread's core when it is generation `serial`; on any other thread, or after that generation's

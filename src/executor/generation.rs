@@ -260,6 +260,8 @@ impl Generation {
                 self.obey(order);
             }
             self.adopt_handed(seat);
+            let core = Rc::clone(&self.core);
+            core.home.take_back(|panic| core.contained(Scene::Returned, panic));
             // Those there are now: one that posts another has announced it, for the next turn.
             for job in (0..seat.inbox.jobs()).map_while(|_| seat.inbox.next_job()) {
                 job(&self.core);

@@ -104,6 +104,11 @@ impl Inbox {
         self.announce();
     }
 
+    /// Has the executor look into what is not kept here: values that came home to its thread.
+    pub(crate) fn nudge(&self) {
+        self.announce();
+    }
+
     fn announce(&self) {
         self.filled.store(true, Ordering::Release);
         fence(Ordering::SeqCst);

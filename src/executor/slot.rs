@@ -22,6 +22,7 @@ use crate::net::registry::Registry;
 use crate::panics::{self, Panic, caught};
 use crate::server::Factory;
 use crate::settings::Settings;
+use crate::shard_local::Home;
 use crate::sys::cpu_clock::ThreadClock;
 use crate::sys::eventfd::EventFd;
 use crate::sys::heartbeats::Heartbeat;
@@ -203,6 +204,7 @@ impl Drop for ThreadGuard {
     fn drop(&mut self) {
         self.0.occupy(None);
         self.0.heartbeat.asleep();
+        leave_home(&self.0);
         (self.0.reports)(Report::ThreadEnded { slot: self.0.slot, thread: self.1 });
     }
 }
@@ -289,6 +291,7 @@ async fn outer(seat: &SlotSeat) {
                 // Jobs for a generation that has gone are dropped: their senders see their answers lost.
                 while seat.inbox.next_job().is_some() {}
                 while seat.inbox.next_wake().is_some() {}
+                take_back(seat);
                 if seat.inbox.fall_asleep() {
                     inbox_bell.wait(Duration::from_secs(1), |_| Poll::Pending).await;
                     seat.inbox.awake();
@@ -300,6 +303,34 @@ async fn outer(seat: &SlotSeat) {
     inbox_bell.close().await;
     // One more round of glommio's reactor closes files that were dropped in the middle of a read.
     hand_over().await;
+}
+
+/// Drops values of earlier generations that other threads have let go of by now.
+fn take_back(seat: &SlotSeat) {
+    if let Some(home) = Home::here() {
+        home.take_back(|panic| {
+            let (slot, place) = (seat.slot, panic.place.as_deref());
+            tracing::error!(
+                slot,
+                place,
+                "a value of an earlier generation panicked as it was dropped: {}",
+                panic.message
+            );
+        });
+    }
+}
+
+/// At the thread's end: whatever has not come home by now never will.
+fn leave_home(seat: &SlotSeat) {
+    take_back(seat);
+    let left = Home::here().map_or(0, |home| home.alive());
+    if left > 0 {
+        seat.cells.values_leaked.add(left);
+        tracing::warn!(
+            slot = seat.slot,
+            "{left} values of this executor are still held elsewhere as its thread ends, and will never be dropped"
+        );
+    }
 }
 
 /// Stays awake for the supervisor's answer, which mostly is another generation at once: on a busy CPU, going to sleep and

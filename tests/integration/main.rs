@@ -5,6 +5,7 @@ mod blocking;
 mod command;
 mod descriptors;
 mod distribution;
+mod embedding;
 mod files;
 mod fullness;
 mod http1;
