@@ -10,8 +10,8 @@ const LINES_MAX_OF_TESTS: usize = 1000;
 /// Each module of `src` and those it may import, from the top downward. `root` is what `lib.rs` re-exports.
 ///
 /// Some rows look upward: what a slot's thread runs is described by `server` (the factory of a service, the connector
-/// of a connection), the start-up closure is handed a `shard`, a stream belongs to
-/// the `executor` that owns its ring, and a `shard_local` value that was let go of elsewhere comes home to its `executor`.
+/// of a connection), the start-up closure is handed a `shard`, a `shard_local` value that was let go of elsewhere comes
+/// home to its executor, and a stream belongs to the `executor` that owns its ring.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     // The command is a user of the public interface: it imports `ringleader`, which needs no row.
     ("cli", &[]),

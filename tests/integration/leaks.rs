@@ -94,15 +94,21 @@ fn whole_servers_leave_nothing_behind_but_glommios_eventfd() {
         cycle();
     }
     let (before, threads) = (own_descriptors(), own_threads());
-    const CYCLES: usize = 50;
-    for _ in 0..CYCLES {
+    // More for who wants to see the numbers:
+    // RINGLEADER_TEST_ALONE=1 RINGLEADER_TEST_CYCLES=1000 cargo test --test integration whole_servers -- --nocapture
+    let cycles = std::env::var("RINGLEADER_TEST_CYCLES").map_or(100, |count| count.parse().expect("a number"));
+    for number in 1..=cycles {
         cycle();
+        if [10, 100, 500, 1000].contains(&number) {
+            let (open, rss) = (own_descriptors().values().sum::<usize>(), own_rss_bytes() / 1024);
+            println!("after {number} servers: {open} descriptors, {} threads, {rss} KiB", own_threads());
+        }
     }
     let mut after = own_descriptors();
     // glommio 0.9 leaks one eventfd for each executor that has ended.
     let eventfds = after.get_mut("anon_inode:[eventfd]").expect("there are some");
     let leaked = *eventfds - before.get("anon_inode:[eventfd]").copied().unwrap_or(0);
-    assert!(leaked <= CYCLES * EXECUTORS, "{leaked} eventfds in {CYCLES} cycles");
+    assert!(leaked <= cycles * EXECUTORS, "{leaked} eventfds in {cycles} cycles");
     *eventfds -= leaked;
     assert_eq!(after, before);
     eventually("the last threads have ended", || own_threads() <= threads);
@@ -126,4 +132,11 @@ fn kind_of(target: &str) -> String {
 
 fn own_threads() -> usize {
     fs::read_dir("/proc/self/task").expect("/proc is there").count()
+}
+
+fn own_rss_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").expect("/proc is there");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has some");
+    let kib: u64 = line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).expect("a number");
+    kib * 1024
 }
