@@ -1,6 +1,7 @@
 //! What a host program may expect: a server starts wherever it is asked to, takes nothing that is the host's, and leaks
 //! nothing to the host's children.
 
+use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::panic;
 use std::process::Command;
@@ -101,7 +102,8 @@ fn each_listener_on_port_0_gets_a_port_of_its_own() {
 
 #[test]
 fn an_order_to_start_that_nobody_awaits_leaves_no_server_behind() {
-    let address = Site::serving(echo).address();
+    // On a host that no other test uses, whatever the port.
+    let address = TcpListener::bind("127.0.77.101:0").and_then(|listener| listener.local_addr()).expect("it is free");
     drop(Server::builder().listen(address).executors(1).serve(async |_| Ok(service_fn(echo))).start());
     // It may be up for a moment; then its owner, whom nobody fetched, is dropped.
     eventually("the address is free", || {
@@ -254,6 +256,8 @@ impl Subscriber for Counts {
 #[test]
 fn the_log_is_the_hosts() {
     alone("the_log_is_the_hosts", || {
+        // Else the panic that is meant to be would be taken for one of the test's own.
+        panic::set_hook(Box::new(|_| ()));
         let panicking = || {
             let server = local(1).serve(async |_| {
                 Ok(service_fn(async |request: Request| {
