@@ -97,6 +97,7 @@ mod listen;
 mod net;
 mod order;
 mod panics;
+mod peers;
 mod protocol;
 mod server;
 mod service;
@@ -117,6 +118,7 @@ pub use handle::{ExecutorState, ExecutorStats, Exit, Handle, Running, Stats, Sto
 pub use http::{Method, StatusCode};
 pub use order::Order;
 pub use panics::install_panic_hook;
+pub use peers::{Call, PeerError, Peers, Sharded};
 pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
 pub use settings::{Escalation, HttpLimits, Overload, PanicPolicy};

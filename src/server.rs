@@ -1,6 +1,7 @@
 //! Building and starting a server: the main path, on one page ([`Server::start`]).
 
 mod beyond;
+pub(crate) mod sharded;
 
 use std::fmt;
 use std::future::Future;
@@ -179,6 +180,7 @@ pub struct Builder {
     escalation: Option<Escalation>,
     blocking_threads_max: usize,
     blocking_queue_max: usize,
+    components: sharded::Components,
 }
 
 /// The start-up closure's outcome, to be awaited.
@@ -246,6 +248,7 @@ impl Builder {
             escalation: Some(Escalation::default()),
             blocking_threads_max: blocking::THREADS_MAX,
             blocking_queue_max: blocking::QUEUE_MAX,
+            components: sharded::Components::default(),
         }
     }
 
@@ -496,8 +499,10 @@ impl Server {
         let blocking = Arc::new(builder.blocking_pool());
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
-        let common = Common { settings, factory, blocking: Arc::clone(&blocking) };
+        let components = builder.components.of_one_server();
+        let common = Common { settings, factory, components, blocking: Arc::clone(&blocking) };
         let seats = seats(&cpus, groups, kernel.heartbeats(), &common, &post)?;
+        common.components.seat(&seats)?;
         let slots = seats.iter().map(|seat| Slot::new(seat.cpu, Arc::clone(&seat.cells))).collect();
         let shared = Arc::new(Shared {
             addresses,

@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use super::cells::Cells;
+use super::directory::Directory;
+use super::inbox::Inbox;
 use super::overload::Shedder;
 use super::slot::SlotSeat;
+use super::states::States;
 use super::tasks::{LocalFuture, OnPanic, Tasks};
 use crate::blocking::Pool;
 use crate::net::driver::Driver;
@@ -70,6 +73,8 @@ pub(crate) enum Scene {
     SpawnedTask,
     /// A value whose last handle was dropped on another thread, as it was dropped here.
     Returned,
+    /// A message of another executor, or of whoever else holds its token.
+    Message,
     /// The end of a generation: something panicked as it was dropped.
     TearDown,
 }
@@ -84,6 +89,7 @@ impl Scene {
             Self::Returned => {
                 "a value that was let go of on another thread panicked as it was dropped, which costs nothing more"
             }
+            Self::Message => "a message from elsewhere panicked, it alone has ended and its caller is told",
             Self::TearDown => "something panicked as it was dropped at its generation's end, which costs nothing more",
         }
     }
@@ -99,6 +105,13 @@ pub(crate) struct Core {
     pub blocking: Arc<Pool>,
     /// Where values come back to that were let go of on other threads: this thread, over all its generations.
     pub home: Arc<Home>,
+    pub inbox: Arc<Inbox>,
+    /// The other executors of the server.
+    pub directory: Arc<Directory>,
+    /// What was registered to be built by each executor for itself.
+    pub states: States,
+    /// Calls from elsewhere that were begun and are not answered yet.
+    pub calls: Cell<usize>,
     /// `None` once the generation has been torn down, while something of its user's still holds on to it.
     driver: RefCell<Option<Driver>>,
     wheel: RefCell<Wheel<Waker>>,
@@ -139,6 +152,10 @@ impl Core {
             settings: Arc::clone(&seat.settings),
             blocking: Arc::clone(&seat.blocking),
             home: Home::of_this_thread(&seat.inbox),
+            inbox: Arc::clone(&seat.inbox),
+            directory: Arc::clone(seat.components.directory()),
+            states: States::default(),
+            calls: Cell::new(0),
             driver: RefCell::new(Some(driver)),
             wheel: RefCell::new(Wheel::new(now)),
             tasks: Tasks::new(serial, Arc::clone(&seat.inbox)),
@@ -204,6 +221,11 @@ impl Core {
 
     pub(crate) fn spawn(&self, future: LocalFuture, on_panic: OnPanic) {
         self.tasks.add(future, on_panic);
+    }
+
+    /// Runs a task up to its first wait at once.
+    pub(crate) fn spawn_begun(&self, future: LocalFuture) {
+        self.tasks.add_begun(future, OnPanic::Contain, |_, panic| self.contained(Scene::Message, panic));
     }
 
     pub(crate) fn set_timer(&self, deadline: Instant, waker: Waker) -> TimerKey {
@@ -296,7 +318,9 @@ impl Core {
 
     /// A panic was caught at `scene`: logs and counts it, and decides whether it was one too many.
     pub(crate) fn contained(&self, scene: Scene, panic: Panic) {
-        if self.settings.panics == PanicPolicy::Restart && scene != Scene::SpawnedTask {
+        // Those two have somebody to tell, who decides.
+        let told = matches!(scene, Scene::SpawnedTask | Scene::Message);
+        if self.settings.panics == PanicPolicy::Restart && !told {
             return self.fail(Failure::Panicked(panic));
         }
         self.cells.panics_contained.add(1);
@@ -332,8 +356,11 @@ impl Core {
         }
     }
 
-    /// Ends everything of this generation: tasks first (their streams close their sockets), then the ring.
+    /// Ends everything of this generation: tasks first (their streams close their sockets), then the ring. State that was
+    /// built before the service goes after it; tasks that its drops spawn go with the others.
     pub(crate) fn tear_down(&self) {
+        self.tasks.clear(|panic| self.log(Scene::TearDown, &panic));
+        self.states.clear(|panic| self.log(Scene::TearDown, &panic));
         self.tasks.clear(|panic| self.log(Scene::TearDown, &panic));
         drop(self.wheel.replace(Wheel::new(Instant::now())));
         CURRENT.set(None);

@@ -26,6 +26,7 @@ use crate::net::driver::Arrivals;
 use crate::net::ring::OperationKey;
 use crate::net::stream::Stream;
 use crate::panics::{Panic, caught};
+use crate::server::sharded::Components;
 use crate::server::{Connect, Factory};
 use crate::shard::Shard;
 
@@ -92,7 +93,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
         Ok(core) => core,
         Err(error) => return Ended::Failed(Failure::Start(format!("setting up the executor's io_uring: {error}"))),
     };
-    let connect = boot(&core, Arc::clone(&seat.factory));
+    let connect = boot(&core, Arc::clone(&seat.factory), seat.components.clone());
     let mut generation = Generation {
         acceptor: None,
         watches: Vec::new(),
@@ -143,12 +144,26 @@ fn start(seat: &SlotSeat, number: u64, bell: &Doorbell) -> io::Result<Rc<Core>> 
     }
 }
 
-/// Starts the start-up closure as a task; what it makes appears in the cell it returns.
-fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>) -> Rc<RefCell<Option<Rc<dyn Connect>>>> {
+/// Starts the start-up closure as a task, after the closures of the components; what it makes appears in the cell it
+/// returns. Between the two messages of other executors begin to be taken: they need the components only, and start-up
+/// closures may ask one another.
+fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>, components: Components) -> Rc<RefCell<Option<Rc<dyn Connect>>>> {
     let place = Rc::new(RefCell::new(None));
     let (made, home) = (Rc::clone(&place), Rc::clone(core));
     let shard = Shard::new(core);
     let start = async move {
+        for component in components.iter() {
+            match component.build(shard.clone()).await {
+                Ok(state) => home.states.add(component.key(), state),
+                Err(error) => {
+                    let error = format!("the sharded state '{}': {error}", component.name());
+                    return home.fail(Failure::Start(error));
+                }
+            }
+        }
+        home.states.complete();
+        // Those that came meanwhile have been announced in vain.
+        home.inbox.look_again();
         match factory.boot(shard).await {
             Ok(connect) => *made.borrow_mut() = Some(connect),
             Err(error) => home.fail(Failure::Start(error.to_string())),
@@ -263,7 +278,8 @@ impl Generation {
             let core = Rc::clone(&self.core);
             core.home.take_back(|panic| core.contained(Scene::Returned, panic));
             // Those there are now: one that posts another has announced it, for the next turn.
-            for job in (0..seat.inbox.jobs()).map_while(|_| seat.inbox.next_job()) {
+            let jobs = if self.core.states.are_complete() { seat.inbox.jobs() } else { 0 };
+            for job in (0..jobs).map_while(|_| seat.inbox.next_job()) {
                 job(&self.core);
             }
         }
@@ -388,12 +404,17 @@ impl Generation {
         if let Some(failure) = self.core.failure() {
             self.ended = Some(Ended::Failed(failure.clone()));
         } else if let (None, Some(deadline)) = (&self.ended, self.core.draining()) {
-            let finished = self.core.cells.open.get() == 0;
+            let finished = self.core.cells.open.get() == 0 && !self.owes_answers();
             if finished || self.core.now() >= deadline {
                 self.ended = Some(Ended::Drained { in_time: finished });
             }
         }
         self.ended.is_some()
+    }
+
+    /// Whether others wait for this executor: a drain answers their calls as it answers requests.
+    fn owes_answers(&self) -> bool {
+        self.core.calls.get() > 0 || (self.core.states.are_complete() && self.core.inbox.jobs() > 0)
     }
 
     fn sleep_or_go_on(&mut self, seat: &SlotSeat) -> Next {

@@ -5,17 +5,25 @@
 //!
 //! No wake is lost: the poster publishes its message, then reads `asleep`; the executor sets `asleep`, then looks for
 //! messages. Both steps are sequentially consistent, so at least one of the two sees the other.
+//!
+//! No job is forgotten: an inbox takes jobs only while it is open. The poster publishes its job, then looks whether the
+//! inbox is still open; who closes it says so first, then throws away what is there. One of the two meets the job, by the
+//! same argument.
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crossbeam_queue::{ArrayQueue, SegQueue};
+use slab::Slab;
 
 use crate::executor::core::Core;
+use crate::panics::caught;
 use crate::sys::eventfd::EventFd;
 
 /// Jobs that may wait in one inbox; the next one is refused at once ([`Full`]), never waited for: two executors that
@@ -23,7 +31,7 @@ use crate::sys::eventfd::EventFd;
 pub(crate) const JOBS_MAX: usize = 4096;
 
 /// Something to run on the executor, between two turns.
-pub(crate) type Job = Box<dyn FnOnce(&Core) + Send>;
+pub(crate) type Job = Box<dyn FnOnce(&Rc<Core>) + Send>;
 
 /// An order of the supervisor to a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,9 +58,37 @@ pub(crate) struct Handed {
     pub listener: Arc<str>,
 }
 
-/// The inbox has [`JOBS_MAX`] jobs waiting.
+/// Why a job was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Full;
+pub(crate) enum Refusal {
+    /// [`JOBS_MAX`] jobs are waiting.
+    Full,
+    /// There is no generation, and none is starting.
+    Down,
+}
+
+/// A call that an executor has begun and not answered yet.
+pub(crate) trait Outstanding: Send + Sync {
+    /// There will be no answer. May be called after all when there has been one.
+    fn lose(&self);
+}
+
+/// Where a call that was begun is noted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CallKey {
+    opened: u64,
+    index: usize,
+}
+
+/// Calls that have been begun since the inbox was opened. Behind a lock that hardly anybody else ever takes: a thread that
+/// hangs cannot tell its callers, so the supervisor must be able to.
+#[derive(Default)]
+struct Begun {
+    open: bool,
+    /// How often the inbox has been opened; tells apart the rows of different generations.
+    opened: u64,
+    calls: Slab<Arc<dyn Outstanding>>,
+}
 
 pub(crate) struct Inbox {
     /// Few, from the supervisor only: unbounded so that an order cannot be refused.
@@ -64,6 +100,9 @@ pub(crate) struct Inbox {
     wakes: SegQueue<u32>,
     filled: AtomicBool,
     asleep: AtomicBool,
+    /// Whether jobs are taken.
+    open: AtomicBool,
+    begun: Mutex<Begun>,
     eventfd: EventFd,
 }
 
@@ -76,6 +115,8 @@ impl Inbox {
             wakes: SegQueue::new(),
             filled: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
+            open: AtomicBool::new(false),
+            begun: Mutex::default(),
             eventfd: EventFd::new()?,
         })
     }
@@ -85,13 +126,73 @@ impl Inbox {
         self.announce();
     }
 
+    /// Takes jobs from here on.
+    pub(crate) fn open(&self) {
+        let mut begun = self.begun();
+        if !begun.open {
+            begun.open = true;
+            begun.opened += 1;
+            self.open.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Takes no more jobs, throws away those that wait, and tells the callers of those that were begun that there will be
+    /// no answer. To be called on any thread, however often.
+    pub(crate) fn close(&self) {
+        let mut begun = self.begun();
+        begun.open = false;
+        self.open.store(false, Ordering::SeqCst);
+        let calls = std::mem::take(&mut begun.calls);
+        drop(begun);
+        fence(Ordering::SeqCst);
+        self.drop_jobs();
+        for (_, call) in calls {
+            guard(|| call.lose());
+        }
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(Ordering::SeqCst)
+    }
+
+    /// Throws away the jobs that wait; their callers are told by the drop.
+    pub(crate) fn drop_jobs(&self) {
+        while let Some(job) = self.jobs.pop() {
+            guard(|| drop(job));
+        }
+    }
+
+    /// Adds a job. If the inbox [is not open](Inbox::is_open) any more afterwards, who posts has to
+    /// [throw away](Inbox::drop_jobs) what may have come too late; not under a lock, for what jobs own is dropped there.
+    ///
     /// # Errors
-    /// [`Full`], at once.
-    #[cfg_attr(not(test), expect(dead_code, reason = "posting jobs comes with the embedder's mailbox"))]
-    pub(crate) fn post(&self, job: Job) -> Result<(), Full> {
-        self.jobs.push(job).map_err(|_| Full)?;
+    /// [`Refusal`], at once, with the job.
+    pub(crate) fn post(&self, job: Job) -> Result<(), (Refusal, Job)> {
+        if !self.is_open() {
+            return Err((Refusal::Down, job));
+        }
+        self.jobs.push(job).map_err(|job| (Refusal::Full, job))?;
         self.announce();
         Ok(())
+    }
+
+    fn begun(&self) -> MutexGuard<'_, Begun> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a call that has been begun; `None` when the inbox is closed, and nobody would tell its caller.
+    pub(crate) fn begin_call(&self, call: Arc<dyn Outstanding>) -> Option<CallKey> {
+        let mut begun = self.begun();
+        let opened = begun.opened;
+        begun.open.then(|| CallKey { opened, index: begun.calls.insert(call) })
+    }
+
+    /// The call has been answered, or its caller told.
+    pub(crate) fn end_call(&self, key: CallKey) {
+        let mut begun = self.begun();
+        let call = if begun.opened == key.opened { begun.calls.try_remove(key.index) } else { None };
+        drop(begun);
+        drop(call);
     }
 
     pub(crate) fn hand(&self, connection: Handed) {
@@ -181,6 +282,17 @@ impl Inbox {
     }
 }
 
+/// Runs what may drop a user's values, or wake a user's waker, on a thread that must not end by it.
+fn guard(act: impl FnOnce()) {
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(act)) {
+        let panic = caught(payload);
+        tracing::error!(
+            place = panic.place.as_deref(),
+            "what a lost message owned panicked as it was dropped: {panic}"
+        );
+    }
+}
+
 impl AsFd for Inbox {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.eventfd.as_fd()
@@ -256,17 +368,93 @@ mod tests {
         assert!(sleeps > 100, "the receiver was hardly ever asleep ({sleeps} times): nothing was tested");
     }
 
+    fn refusal(posted: Result<(), (Refusal, Job)>) -> Option<Refusal> {
+        posted.err().map(|(refusal, _)| refusal)
+    }
+
     #[test]
     fn a_full_inbox_refuses_at_once_and_takes_again_when_there_is_room() {
         let inbox = inbox();
+        inbox.open();
         for _ in 0..JOBS_MAX {
-            assert_eq!(inbox.post(Box::new(|_| {})), Ok(()));
+            assert_eq!(refusal(inbox.post(Box::new(|_| {}))), None);
         }
-        assert_eq!(inbox.post(Box::new(|_| {})), Err(Full));
+        assert_eq!(refusal(inbox.post(Box::new(|_| {}))), Some(Refusal::Full));
         inbox.order(Order::Stop);
         assert!(inbox.next_order() == Some(Order::Stop), "an order is never refused");
         assert!(inbox.next_job().is_some());
-        assert_eq!(inbox.post(Box::new(|_| {})), Ok(()));
+        assert_eq!(refusal(inbox.post(Box::new(|_| {}))), None);
+    }
+
+    #[test]
+    fn a_closed_inbox_takes_nothing_and_keeps_nothing() {
+        let inbox = inbox();
+        assert_eq!(refusal(inbox.post(Box::new(|_| {}))), Some(Refusal::Down));
+        inbox.open();
+        let owned = Arc::new(());
+        for _ in 0..3 {
+            let owned = Arc::clone(&owned);
+            assert_eq!(refusal(inbox.post(Box::new(move |_| drop(owned)))), None);
+        }
+        assert_eq!(Arc::strong_count(&owned), 4);
+        inbox.close();
+        assert_eq!(Arc::strong_count(&owned), 1);
+        assert_eq!(refusal(inbox.post(Box::new(|_| {}))), Some(Refusal::Down));
+    }
+
+    #[test]
+    fn closing_tells_the_callers_of_what_was_begun_and_of_nothing_else() {
+        #[derive(Default)]
+        struct Lost(std::sync::atomic::AtomicU32);
+        impl Outstanding for Lost {
+            fn lose(&self) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let inbox = inbox();
+        let (ended, begun, late) = (Arc::new(Lost::default()), Arc::new(Lost::default()), Arc::new(Lost::default()));
+        inbox.open();
+        let key = inbox.begin_call(ended.clone()).expect("it is open");
+        let old = inbox.begin_call(begun.clone()).expect("it is open");
+        inbox.end_call(key);
+        inbox.close();
+        assert!(inbox.begin_call(late.clone()).is_none());
+        inbox.open();
+        inbox.begin_call(late.clone()).expect("it is open again");
+        inbox.begin_call(late.clone()).expect("it is open again");
+        // The end of a call of an earlier generation, from a thread that hung: not that of the one in its row.
+        inbox.end_call(old);
+        inbox.close();
+        let count = |lost: &Lost| lost.0.load(Ordering::Relaxed);
+        assert_eq!((count(&ended), count(&begun), count(&late)), (0, 1, 2));
+    }
+
+    /// Posters against somebody who opens and closes: every job is run or dropped, whoever meets it.
+    #[test]
+    fn no_job_is_forgotten_by_a_close() {
+        let inbox = inbox();
+        let owned = Arc::new(());
+        let posters: Vec<_> = (0..2)
+            .map(|_| {
+                let (inbox, owned) = (Arc::clone(&inbox), Arc::clone(&owned));
+                std::thread::spawn(move || {
+                    for _ in 0..20_000 {
+                        let owned = Arc::clone(&owned);
+                        let posted = inbox.post(Box::new(move |_| drop(owned)));
+                        if posted.is_ok() && !inbox.is_open() {
+                            inbox.drop_jobs();
+                        }
+                    }
+                })
+            })
+            .collect();
+        while posters.iter().any(|poster| !poster.is_finished()) {
+            inbox.open();
+            inbox.close();
+        }
+        posters.into_iter().for_each(|poster| poster.join().expect("no panic"));
+        inbox.close();
+        assert_eq!(Arc::strong_count(&owned), 1, "jobs lie in an inbox that is closed");
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::blocking::Pool;
 use crate::net::registry::Registry;
 use crate::panics::{self, Panic, caught};
 use crate::server::Factory;
+use crate::server::sharded::Components;
 use crate::settings::Settings;
 use crate::shard_local::Home;
 use crate::sys::cpu_clock::ThreadClock;
@@ -76,6 +77,7 @@ impl Occupant {
 pub(crate) struct Common {
     pub settings: Arc<Settings>,
     pub factory: Arc<dyn Factory>,
+    pub components: Components,
     pub blocking: Arc<Pool>,
 }
 
@@ -85,6 +87,7 @@ pub(crate) struct SlotSeat {
     pub cpu: usize,
     pub settings: Arc<Settings>,
     pub factory: Arc<dyn Factory>,
+    pub components: Components,
     pub inbox: Arc<Inbox>,
     pub cells: Arc<Cells>,
     pub heartbeat: Heartbeat,
@@ -107,12 +110,13 @@ impl SlotSeat {
         heartbeat: Heartbeat,
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
-        let Common { settings, factory, blocking } = common;
+        let Common { settings, factory, components, blocking } = common;
         Ok(Arc::new(Self {
             slot,
             cpu,
             settings,
             factory,
+            components,
             inbox: Arc::new(Inbox::new()?),
             cells: Arc::new(Cells::default()),
             heartbeat,
@@ -135,6 +139,7 @@ impl SlotSeat {
             cpu: self.cpu,
             settings: Arc::clone(&self.settings),
             factory: Arc::clone(&self.factory),
+            components: self.components.clone(),
             inbox: Arc::new(Inbox::new()?),
             cells: Arc::new(self.cells.successor()),
             heartbeat: self.heartbeat.clone(),
@@ -202,6 +207,8 @@ struct ThreadGuard(Arc<SlotSeat>, u32);
 
 impl Drop for ThreadGuard {
     fn drop(&mut self) {
+        // Whatever ended the thread: nobody is to wait for its answers.
+        self.0.inbox.close();
         self.0.occupy(None);
         self.0.heartbeat.asleep();
         leave_home(&self.0);
@@ -281,6 +288,8 @@ async fn outer(seat: &SlotSeat) {
                 // What came after the order to start is the generation's: `begin` has wiped out its announcement.
                 seat.inbox.look_again();
                 let ended = generation::run(seat, number, &mut ring_bell, &mut inbox_bell).await;
+                // Before the report, after which the supervisor may open it for the next one.
+                seat.inbox.close();
                 (seat.reports)(Report::Ended { slot: seat.slot, generation: number, ended });
                 await_order(seat);
             }
@@ -288,8 +297,7 @@ async fn outer(seat: &SlotSeat) {
             // There is no generation to drain or stop.
             Some(Order::Drain { .. } | Order::Stop) => {}
             None => {
-                // Jobs for a generation that has gone are dropped: their senders see their answers lost.
-                while seat.inbox.next_job().is_some() {}
+                // Jobs are left alone: those that are here came after the inbox was opened for the next generation.
                 while seat.inbox.next_wake().is_some() {}
                 take_back(seat);
                 if seat.inbox.fall_asleep() {

@@ -102,18 +102,29 @@ impl Tasks {
 
     /// Adds a task, ready to be polled in the next turn.
     pub(crate) fn add(&self, future: LocalFuture, on_panic: OnPanic) {
+        let (_, waker) = self.insert(future, on_panic);
+        waker.wake();
+    }
+
+    /// Adds a task and polls it at once, before those that are ready.
+    pub(crate) fn add_begun(&self, future: LocalFuture, on_panic: OnPanic, mut panicked: impl FnMut(OnPanic, Panic)) {
+        let (index, _) = self.insert(future, on_panic);
+        self.poll(index, &mut panicked);
+    }
+
+    fn insert(&self, future: LocalFuture, on_panic: OnPanic) -> (u32, Waker) {
         let mut rows = self.rows.borrow_mut();
         let row = rows.vacant_entry();
+        let index = row.key() as u32;
         let handle = Arc::new(Handle {
-            index: row.key() as u32,
+            index,
             serial: self.serial,
             queued: AtomicBool::new(false),
             inbox: Arc::clone(&self.inbox),
         });
         let waker = Waker::from(Arc::clone(&handle));
         row.insert(Some(Task { future, handle, waker: waker.clone(), on_panic }));
-        drop(rows);
-        waker.wake();
+        (index, waker)
     }
 
     #[cfg(test)]

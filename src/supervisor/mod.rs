@@ -26,6 +26,7 @@ use crate::Error;
 use crate::blocking::Pool;
 use crate::error::Kind;
 use crate::executor::core::Failure;
+use crate::executor::directory::Directory;
 use crate::executor::generation::Ended;
 use crate::executor::inbox::Order as SlotOrder;
 use crate::executor::slot::{self, Report, SlotSeat};
@@ -142,6 +143,7 @@ impl Supervisor {
                 let actions = self.policy.step(event, Instant::now());
                 // Before anybody is answered, who might look at once.
                 self.show();
+                self.open_inboxes(&actions);
                 for action in actions {
                     if let Action::Exit(outcome) = action {
                         return self.exit(outcome, inbox);
@@ -328,7 +330,9 @@ impl Supervisor {
                 let accept_rest = why != DrainReason::ScaleDown;
                 // After a stop there is nobody who would answer.
                 let patient = why != DrainReason::Stop;
-                if why != DrainReason::ScaleDown {
+                if why == DrainReason::ScaleDown {
+                    self.directory().leave(slot);
+                } else {
                     self.drain_deadline = Some(deadline);
                 }
                 self.seat(slot).inbox.order(SlotOrder::Drain { deadline, accept_rest, patient });
@@ -386,6 +390,8 @@ impl Supervisor {
         if fresh_thread {
             let started = self.vacate(slot).and_then(|()| {
                 let seat = self.seat(slot);
+                // Again: it is another's seat, or the thread before this one has closed it since.
+                seat.inbox.open();
                 seat.inbox.forget_orders();
                 slot::spawn(Arc::clone(seat), thread)
             });
@@ -394,6 +400,7 @@ impl Supervisor {
             self.threads.insert((slot, thread), started.ok());
             if let Some(error) = failure {
                 tracing::error!(slot, error, "an executor's thread could not be started");
+                self.seat(slot).inbox.close();
                 return self.shared.post.send(Message::Report(Report::ThreadEnded { slot, thread }));
             }
         }
@@ -403,7 +410,7 @@ impl Supervisor {
     /// Sees to it that nobody sits in the slot's seat: one that was left behind keeps the seat it has.
     fn vacate(&mut self, slot: u16) -> std::io::Result<()> {
         let seat = Arc::clone(self.seat(slot));
-        if !self.left_behind.values().any(|left| Arc::ptr_eq(left, &seat)) {
+        if !self.is_left_behind(&seat) {
             return Ok(());
         }
         let fresh = seat.replacement()?;
@@ -411,8 +418,13 @@ impl Supervisor {
             fresh.inbox.hand(handed);
         }
         self.shared.slots[usize::from(slot)].count_in(Arc::clone(&fresh.cells));
+        self.directory().seat(slot, &fresh.inbox);
         self.seats[usize::from(slot)] = fresh;
         Ok(())
+    }
+
+    fn is_left_behind(&self, seat: &Arc<SlotSeat>) -> bool {
+        self.left_behind.values().any(|left| Arc::ptr_eq(left, seat))
     }
 
     fn join(&mut self, slot: u16, thread: u32) {
@@ -441,6 +453,25 @@ impl Supervisor {
         );
     }
 
+    /// All executors are in the same one.
+    fn directory(&self) -> &Directory {
+        self.seats[0].components.directory()
+    }
+
+    /// Before any of these generations runs: the first that does may send messages to all of them.
+    fn open_inboxes(&self, actions: &[Action]) {
+        for action in actions {
+            if let Action::StartGeneration { slot, .. } = action {
+                self.directory().join(*slot);
+                let seat = self.seat(*slot);
+                // One that hangs would keep what it is sent.
+                if !self.is_left_behind(seat) {
+                    seat.inbox.open();
+                }
+            }
+        }
+    }
+
     /// Gives a hung executor up: its thread may come back, and ends then.
     fn condemn(&mut self, slot: u16, thread: u32, generation: u32) {
         let connections = self.leave_behind(slot, thread);
@@ -462,6 +493,8 @@ impl Supervisor {
     fn leave_behind(&mut self, slot: u16, thread: u32) -> usize {
         let seat = Arc::clone(self.seat(slot));
         let connections = seat.sockets.shut_down_all();
+        // Nor do those who wait for its answers, which it cannot tell.
+        seat.inbox.close();
         self.left_behind.insert((slot, thread), seat);
         self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
         connections
@@ -513,6 +546,10 @@ impl Supervisor {
                 SlotState::Quarantined => ExecutorState::Quarantined,
             };
             self.shared.slots[usize::from(status.slot)].set_state(state);
+            // Between two generations a slot keeps its keys; here there will be none.
+            if matches!(status.state, SlotState::Idle | SlotState::Quarantined) {
+                self.directory().leave(status.slot);
+            }
         }
     }
 
@@ -536,6 +573,9 @@ impl Supervisor {
     fn exit(mut self, outcome: Outcome, inbox: &PostBox) {
         self.let_go_of_listeners();
         self.show();
+        // Whoever still holds a token gets answers, and keeps no descriptor open.
+        self.seats.iter().chain(self.left_behind.values()).for_each(|seat| seat.inbox.close());
+        self.directory().clear();
         let abandoned_closures = self.close_blocking(inbox);
         if let Some(signals) = self.signals.take() {
             signals.end();

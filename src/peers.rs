@@ -1,0 +1,253 @@
+//! Messages between executors: closures that run where the state is, and their answers.
+//!
+//! Every message goes the same way, also one to the own executor: a job in the receiver's inbox, begun in its next turn.
+//! This module makes the jobs; how the receiver is woken, and what becomes of messages when it ends, is `executor::inbox`'s.
+
+mod call;
+
+use std::cell::Cell;
+use std::fmt;
+use std::hash::Hash;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+
+pub use call::{Call, PeerError};
+
+use crate::executor::core::{Core, Scene};
+use crate::executor::directory::Directory;
+use crate::executor::inbox::{CallKey, Job, Outstanding};
+use crate::panics::caught;
+use crate::protocol::answer::Contained;
+use crate::shard::{Shard, SlotId};
+use call::Promise;
+
+/// The executors of a server, to send messages to. From [`Shard::peers`]; clone it and send it wherever you like. It does
+/// not keep the server running.
+///
+/// # Messages
+/// A message is a closure; it runs on the executor in the slot it was sent to, in one of that executor's next turns, also
+/// when that is the executor that sends it. Those of one sender to one slot are begun in the order they were sent, calls and
+/// [`sends`](Sharded::send) alike; one that waits for something lets later ones go before it then.
+///
+/// Sending never blocks and never waits: [`PeerError::Full`] and [`PeerError::Down`] are known at once. A slot whose
+/// executor is starting takes messages, which run as soon as its [sharded](crate::Builder::sharded) state is built, before
+/// its start-up closure is done; so start-up closures may call each other. One that drains takes messages until it ends, and
+/// answers the calls it has before it does, within the drain's deadline. When a whole server drains, an executor without
+/// connections may end sooner than another one that would still call it.
+///
+/// # Owners
+/// [`Peers::owner_of`] gives each key to one of the slots that are in use ([`Peers::iter`]), by rendezvous hashing, seeded by
+/// chance for each server:
+/// - When a slot is added to n others, 1 of n + 1 keys moves, to the new slot, and none moves between the others; when one is
+///   taken away (by scaling, or quarantined) its keys go to the others evenly, and no other key moves.
+/// - A restart moves nothing: while a failed executor waits for its restart it owns its keys, and calls to it are
+///   [`PeerError::Down`]. Its state is made anew: what it held is gone.
+/// - Nothing moves values along with their keys. After scaling, the new owner of a key has not heard of it, and the former
+///   one, if it is still there, has a value that nobody asks for. So sharded state is a cache, or is read from elsewhere when
+///   it is missing, unless the number of executors is fixed.
+/// - Around such a change two executors may take different slots for a key's owner for as long as it takes to tell them, and
+///   messages that are on their way run where they were sent.
+#[derive(Clone)]
+pub struct Peers(Arc<Directory>);
+
+impl Shard {
+    /// The executors of this server, this one included.
+    #[must_use]
+    pub fn peers(&self) -> Peers {
+        Peers(Arc::clone(&self.core().directory))
+    }
+}
+
+impl Peers {
+    /// The slots in use, in order: those whose executor serves, starts, or is going to be restarted.
+    #[must_use]
+    pub fn iter(&self) -> std::vec::IntoIter<SlotId> {
+        self.0.members().map(SlotId).collect::<Vec<_>>().into_iter()
+    }
+
+    /// The slot that a key belongs to. Costs a SipHash of the key and a multiplication or three for each slot.
+    ///
+    /// The same for equal keys on every executor of this server. Not the same in another process: do not store it.
+    #[must_use]
+    pub fn owner_of<K: Hash + ?Sized>(&self, key: &K) -> SlotId {
+        // There are none before the server has started; then a call says so.
+        SlotId(self.0.owner_of(key).unwrap_or(0))
+    }
+
+    /// Runs `message` on the executor in `to`, and brings its answer back. A panic in it costs nothing but the answer.
+    pub fn call<R, F>(&self, to: SlotId, message: F) -> Call<R>
+    where
+        F: AsyncFnOnce(Shard) -> R + Send + 'static,
+        R: Send + 'static,
+    {
+        let (promise, call) = Call::new();
+        let answer = Arc::clone(promise.answer());
+        let job: Job = Box::new(move |core| begin(core, promise, message));
+        if let Err((refusal, job)) = self.0.post(to.0, job) {
+            // Before the job's drop, which would call it lost.
+            answer.settle(Err(refusal.into()));
+            drop(job);
+        }
+        call
+    }
+}
+
+impl IntoIterator for &Peers {
+    type Item = SlotId;
+    type IntoIter = std::vec::IntoIter<SlotId>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl fmt::Debug for Peers {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_list().entries(self.0.members()).finish()
+    }
+}
+
+/// On the receiving executor: begins a call, and keeps it as a task if it has to wait.
+fn begin<R, F>(core: &Rc<Core>, promise: Promise<R>, message: F)
+where
+    F: AsyncFnOnce(Shard) -> R + 'static,
+    R: Send + 'static,
+{
+    let answer: Arc<dyn Outstanding> = promise.answer().clone();
+    // A thread that was given up while it hung: the promise's drop says so.
+    let Some(key) = core.inbox.begin_call(answer) else { return };
+    let (running, shard) = (Running::new(core, key), Shard::new(core));
+    core.spawn_begun(Box::pin(async move {
+        let outcome = Contained::new(async move { message(shard).await }).await.map_err(|panic| {
+            running.core.contained(Scene::Message, panic);
+            PeerError::Panicked
+        });
+        drop(running);
+        promise.keep(outcome);
+    }));
+}
+
+/// A call that has been begun.
+struct Running {
+    core: Rc<Core>,
+    key: CallKey,
+}
+
+impl Running {
+    fn new(core: &Rc<Core>, key: CallKey) -> Self {
+        add(&core.calls, 1);
+        Self { core: Rc::clone(core), key }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        add(&self.core.calls, -1);
+        self.core.inbox.end_call(self.key);
+    }
+}
+
+fn add(count: &Cell<usize>, difference: isize) {
+    count.set(count.get().wrapping_add_signed(difference));
+}
+
+/// One `T` for each executor, which never moves; made by [`Builder::sharded`](crate::Builder::sharded). This token is
+/// `Clone`, `Send` and `Sync` whatever `T` is. See [`Peers`] for what holds of every message.
+pub struct Sharded<T> {
+    directory: Arc<Directory>,
+    key: u64,
+    name: &'static str,
+    state: PhantomData<fn(T) -> T>,
+}
+
+impl<T> Clone for Sharded<T> {
+    fn clone(&self) -> Self {
+        Self { directory: Arc::clone(&self.directory), key: self.key, name: self.name, state: PhantomData }
+    }
+}
+
+impl<T: 'static> Sharded<T> {
+    pub(crate) fn new(directory: Arc<Directory>, key: u64, name: &'static str) -> Self {
+        Self { directory, key, name, state: PhantomData }
+    }
+
+    /// The executors that have one: where messages go.
+    #[must_use]
+    pub fn peers(&self) -> Peers {
+        Peers(Arc::clone(&self.directory))
+    }
+
+    /// This executor's own.
+    ///
+    /// # Panics
+    /// On an executor of another server, and while those registered before this one are being built.
+    #[must_use]
+    pub fn local(&self, shard: &Shard) -> Rc<T> {
+        self.of(shard.core())
+    }
+
+    fn of(&self, core: &Core) -> Rc<T> {
+        let state = core.states.get(self.key).and_then(|state| state.downcast().ok());
+        state.unwrap_or_else(|| {
+            let name = self.name;
+            panic!("this executor has no sharded state '{name}': it is another server's, or not built yet or any more")
+        })
+    }
+
+    /// Runs `message` with the `T` of the executor in `to`, and brings its answer back.
+    pub fn call<R, F>(&self, to: SlotId, message: F) -> Call<R>
+    where
+        F: AsyncFnOnce(Rc<T>) -> R + Send + 'static,
+        R: Send + 'static,
+    {
+        let token = self.clone();
+        self.peers().call(to, async move |shard: Shard| message(token.local(&shard)).await)
+    }
+
+    /// The same on the executor of every slot in use ([`Peers::iter`]), with an outcome for each. The messages have been
+    /// sent when this returns; the call itself does not fail.
+    pub fn call_all<R, F>(&self, message: F) -> Call<Vec<(SlotId, Result<R, PeerError>)>>
+    where
+        F: AsyncFn(Rc<T>) -> R + Clone + Send + 'static,
+        R: Send + 'static,
+    {
+        let one = |slot| {
+            let message = message.clone();
+            (slot, self.call(slot, async move |state| message(state).await))
+        };
+        let calls: Vec<_> = self.peers().iter().map(one).collect();
+        Call::joint(async move {
+            let mut outcomes = Vec::with_capacity(calls.len());
+            for (slot, call) in calls {
+                outcomes.push((slot, call.await));
+            }
+            outcomes
+        })
+    }
+
+    /// Runs `message` with the `T` of the executor in `to`, without an answer: nobody is told if it is lost or panics. The
+    /// cheapest message.
+    ///
+    /// # Errors
+    /// [`PeerError::Full`] and [`PeerError::Down`]: it was not sent.
+    pub fn send<F>(&self, to: SlotId, message: F) -> Result<(), PeerError>
+    where
+        F: FnOnce(&T) + Send + 'static,
+    {
+        let token = self.clone();
+        let job: Job = Box::new(move |core| {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| message(&token.of(core)))) {
+                core.contained(Scene::Message, caught(payload));
+            }
+        });
+        self.directory.post(to.0, job).map_err(|(refusal, _)| refusal.into())
+    }
+}
+
+impl<T> fmt::Debug for Sharded<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Sharded").field(&self.name).finish()
+    }
+}

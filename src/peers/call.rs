@@ -1,0 +1,163 @@
+//! A call's answer on its way back: one place, which the answering executor fills and the caller empties. The caller's own
+//! waker brings it back through its executor's inbox; there is no second message.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use crate::executor::inbox::{Outstanding, Refusal};
+
+/// Why a message has no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PeerError {
+    /// As many messages wait for that executor as may (4,096). Nothing was sent; the message may be tried again later.
+    ///
+    /// Nobody waits for room: two executors that waited for room with each other would wait for ever.
+    Full,
+    /// The slot has no executor and none is starting: it waits for a restart, was given up, or is not needed at present;
+    /// or the server has not been started, or has ended. Nothing was sent.
+    Down,
+    /// The executor ended, or was given up because it hung, before it answered. The message may have run, wholly or
+    /// partly, or not at all.
+    Lost,
+    /// The message panicked. That was contained, logged and counted
+    /// ([`ExecutorStats::panics_contained`](crate::ExecutorStats::panics_contained)) where it ran.
+    Panicked,
+}
+
+impl fmt::Display for PeerError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Full => "the message was not sent: too many wait for that executor already; try again later",
+            Self::Down => "the message was not sent: there is no executor in that slot at present",
+            Self::Lost => "the executor ended before it answered; the message may have run or not",
+            Self::Panicked => "the message panicked on the executor it was sent to; that one's log says where",
+        })
+    }
+}
+
+impl std::error::Error for PeerError {}
+
+impl From<Refusal> for PeerError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Full => Self::Full,
+            Refusal::Down => Self::Down,
+        }
+    }
+}
+
+enum Place<R> {
+    Waiting(Option<Waker>),
+    Done(Result<R, PeerError>),
+    Taken,
+}
+
+/// Shared by the caller and who answers. Under a lock for the time of a move; the two hardly ever meet in it.
+pub(super) struct Answer<R>(Mutex<Place<R>>);
+
+impl<R> Answer<R> {
+    fn lock(&self) -> MutexGuard<'_, Place<R>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first outcome counts.
+    pub(super) fn settle(&self, outcome: Result<R, PeerError>) {
+        let mut place = self.lock();
+        // Otherwise the outcome comes too late, and is dropped after the lock is let go of.
+        if let Place::Waiting(waker) = &mut *place {
+            let waker = waker.take();
+            *place = Place::Done(outcome);
+            drop(place);
+            waker.into_iter().for_each(Waker::wake);
+        }
+    }
+}
+
+impl<R: Send> Outstanding for Answer<R> {
+    fn lose(&self) {
+        self.settle(Err(PeerError::Lost));
+    }
+}
+
+/// The answering side. Dropped without an answer it tells the caller that there will be none.
+pub(super) struct Promise<R>(Arc<Answer<R>>);
+
+impl<R> Promise<R> {
+    pub(super) fn answer(&self) -> &Arc<Answer<R>> {
+        &self.0
+    }
+
+    pub(super) fn keep(self, outcome: Result<R, PeerError>) {
+        self.0.settle(outcome);
+    }
+}
+
+impl<R> Drop for Promise<R> {
+    fn drop(&mut self) {
+        self.0.settle(Err(PeerError::Lost));
+    }
+}
+
+enum Inner<R> {
+    One(Arc<Answer<R>>),
+    /// Several calls that have been made, as one.
+    Joint(Pin<Box<dyn Future<Output = R> + Send>>),
+}
+
+/// The answer to a message, to be awaited on any executor, in any async runtime. Made by [`Peers`](crate::Peers) and
+/// [`Sharded`](crate::Sharded).
+///
+/// The message has been sent when this is returned: dropping it takes nothing back, and loses the answer only. It always
+/// comes to an outcome, [`PeerError::Lost`] at the latest when the executor that was called ends. It has no time limit of
+/// its own: an executor that is busy answers late ([`Shard::timeout`](crate::Shard::timeout)).
+///
+/// It names no lifetime: nothing of the caller's is borrowed while it is awaited.
+#[must_use = "the call is made, but its answer is lost"]
+pub struct Call<R>(Inner<R>);
+
+impl<R> Call<R> {
+    pub(super) fn new() -> (Promise<R>, Self) {
+        let answer = Arc::new(Answer(Mutex::new(Place::Waiting(None))));
+        (Promise(Arc::clone(&answer)), Self(Inner::One(answer)))
+    }
+
+    pub(super) fn joint(calls: impl Future<Output = R> + Send + 'static) -> Self {
+        Self(Inner::Joint(Box::pin(calls)))
+    }
+}
+
+impl<R> Future for Call<R> {
+    type Output = Result<R, PeerError>;
+
+    /// # Panics
+    /// When polled again after it was ready.
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = match &mut self.0 {
+            Inner::One(answer) => answer,
+            Inner::Joint(calls) => return calls.as_mut().poll(context).map(Ok),
+        };
+        let mut place = answer.lock();
+        match &mut *place {
+            Place::Waiting(Some(waker)) => waker.clone_from(context.waker()),
+            Place::Waiting(none) => *none = Some(context.waker().clone()),
+            Place::Done(_) => {
+                let Place::Done(outcome) = std::mem::replace(&mut *place, Place::Taken) else {
+                    unreachable!("it has just been looked at");
+                };
+                return Poll::Ready(outcome);
+            }
+            Place::Taken => panic!("a call's answer is taken once"),
+        }
+        Poll::Pending
+    }
+}
+
+impl<R> fmt::Debug for Call<R> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Call")
+    }
+}
