@@ -17,6 +17,7 @@ mod overload;
 mod panics;
 mod panics_by_place;
 mod panics_shown;
+mod peers;
 mod scaling;
 mod shard;
 mod signals;
