@@ -41,10 +41,16 @@
 //! | closures of [`Shard::spawn_blocking`] and what they return; [`Blocking`] | `Send` |
 //! | [`ShardLocal`], a handle to a value of one executor, whatever that is | `Send`, `Sync` and `Clone`; used elsewhere it panics |
 //! | [`Sleep`] | `Send`, for futures that must be; polled elsewhere than on its executor it panics |
+//! | messages to other executors and their answers; [`Peers`], [`Sharded`], [`Call`] | `Send`; what they meet there need not be |
 //! | [`Server`], [`Running`], [`Handle`], [`Order`] | `Send`; [`Handle`] is `Clone`, too |
 //!
 //! An executor is one thread: a handler that computes or blocks for long holds up every connection of it.
 //! [`Shard::spawn_blocking`] takes such work elsewhere.
+//!
+//! # Between executors
+//! [`Builder::sharded`] registers state that every executor has one of; its token, a [`Sharded`], runs a closure where a
+//! part of it is, from any executor, thread or runtime, and brings the answer back. [`Peers::owner_of`] says which executor a
+//! key belongs to. Every message is fallible and none waits for room ([`PeerError`]).
 //!
 //! # Starting and stopping
 //! [`Server::run`] blocks until the end. [`Server::start`] gives an [`Order`], which is awaited on any async runtime or on

@@ -26,7 +26,7 @@ use crate::executor::core::Core;
 use crate::panics::caught;
 use crate::sys::eventfd::EventFd;
 
-/// Jobs that may wait in one inbox; the next one is refused at once ([`Full`]), never waited for: two executors that
+/// Jobs that may wait in one inbox; the next one is refused at once ([`Refusal::Full`]), never waited for: two executors that
 /// waited for room in each other's inbox would wait for ever.
 pub(crate) const JOBS_MAX: usize = 4096;
 
@@ -453,7 +453,6 @@ mod tests {
             inbox.close();
         }
         posters.into_iter().for_each(|poster| poster.join().expect("no panic"));
-        inbox.close();
         assert_eq!(Arc::strong_count(&owned), 1, "jobs lie in an inbox that is closed");
     }
 
