@@ -26,7 +26,7 @@ run: toolchain
 	$(CARGO) run --release --bin ringleader -- serve $(ARGS)
 
 test: toolchain test-tools
-	$(CARGO) test
+	$(CARGO) test --features axum,tokio
 	$(MAKE) test-asan
 
 # The sanitizer is not stable yet, but every stable x86-64 toolchain has it: RUSTC_BOOTSTRAP=1 lets it be used. A target

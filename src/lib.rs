@@ -90,6 +90,7 @@
 //! them fails with a sentence that says what is missing and what to do.
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
+mod adapters;
 mod blocking;
 mod body;
 mod error;
@@ -117,6 +118,9 @@ mod systemd;
 mod time;
 mod upgrade;
 
+#[cfg(feature = "axum")]
+pub use adapters::{Axum, axum};
+pub use adapters::{Hyper, Tower, hyper, tower};
 pub use body::{Body, BodyError, Connection};
 pub use error::Error;
 pub use files::{FileBody, Files, FilesError, Job, Offload, Overloaded};

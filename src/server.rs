@@ -24,7 +24,7 @@ use crate::net::stream::Stream;
 use crate::order::Order;
 use crate::protocol::http1::Http1;
 use crate::service::Service;
-use crate::settings::{Escalation, HttpLimits, Overload, PanicPolicy, Settings};
+use crate::settings::{Escalation, Host, HttpLimits, Overload, PanicPolicy, Settings};
 use crate::shard::Shard;
 use crate::steering::{self, Kernel, Members, Realise, Table};
 use crate::supervisor::handover::{Handover, Reload};
@@ -178,6 +178,7 @@ pub struct Builder {
     overload: Overload,
     panics: PanicPolicy,
     escalation: Option<Escalation>,
+    host: Host,
     blocking_threads_max: usize,
     blocking_queue_max: usize,
     components: sharded::Components,
@@ -246,6 +247,7 @@ impl Builder {
             overload: Overload::default(),
             panics: PanicPolicy::default(),
             escalation: Some(Escalation::default()),
+            host: Host::default(),
             blocking_threads_max: blocking::THREADS_MAX,
             blocking_queue_max: blocking::QUEUE_MAX,
             components: sharded::Components::default(),
@@ -495,6 +497,7 @@ impl Server {
             overload: builder.overload.clone(),
             panics: builder.panics,
             escalation: builder.escalation,
+            host: builder.host.clone(),
         });
         let blocking = Arc::new(builder.blocking_pool());
         let (post, inbox) = post::post()

@@ -11,12 +11,14 @@ use crate::{BoxError, Request, Response};
 /// Answers the requests of one executor. It lives on that executor only, so it need be neither `Send` nor `Clone`, and
 /// its futures may hold `Rc`s and borrow from it.
 ///
-/// Async closures become services through [`service_fn`]. An `Err` is logged and answered with 500, unless it is a
+/// Async closures become services through [`service_fn`], services of others through [`hyper`](fn@crate::hyper),
+/// [`tower`](fn@crate::tower) and `axum` (feature `axum`). An `Err` is logged and answered with 500, unless it is a
 /// [`Reject`] or a [`BodyError`](crate::BodyError), which carry their own status.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a ringleader service",
     label = "the start-up closure returned this as the executor's service",
-    note = "wrap an async closure in `ringleader::service_fn`",
+    note = "wrap an async closure in `ringleader::service_fn`, a tower service in `ringleader::tower`, a hyper service in \
+            `ringleader::hyper`, an axum `Router` in `ringleader::axum` (feature `axum`)",
     note = "a service lives on one executor: it need be neither `Send` nor `Clone`"
 )]
 pub trait Service: 'static {
@@ -107,3 +109,18 @@ impl std::error::Error for Reject {
         Some(&*self.why)
     }
 }
+
+/// What a service gets for the answer 101: connections are not handed over to anybody.
+#[derive(Debug)]
+pub(crate) struct NoUpgrade;
+
+impl fmt::Display for NoUpgrade {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(
+            "a service meant to upgrade its connection (101 Switching Protocols), and connections cannot be taken over here; \
+             axum's `WebSocketUpgrade` and hyper's `upgrade::on` do not work: serve such paths by another server",
+        )
+    }
+}
+
+impl std::error::Error for NoUpgrade {}

@@ -120,4 +120,33 @@ pub(crate) struct Settings {
     pub panics: PanicPolicy,
     /// `None` is never.
     pub escalation: Option<Escalation>,
+    pub host: Host,
+}
+
+/// The runtime of another kind that the server is embedded in, if user code is to find it. Without the feature `tokio`
+/// there is none, and this is nothing.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Host {
+    #[cfg(feature = "tokio")]
+    pub tokio: Option<tokio::runtime::Handle>,
+}
+
+/// For as long as this lives, user code on this thread finds its host.
+#[must_use]
+pub(crate) struct Entered<'a> {
+    #[cfg(feature = "tokio")]
+    _tokio: Option<tokio::runtime::EnterGuard<'a>>,
+    #[cfg(not(feature = "tokio"))]
+    _host: std::marker::PhantomData<&'a Host>,
+}
+
+impl Host {
+    pub(crate) fn enter(&self) -> Entered<'_> {
+        Entered {
+            #[cfg(feature = "tokio")]
+            _tokio: self.tokio.as_ref().map(tokio::runtime::Handle::enter),
+            #[cfg(not(feature = "tokio"))]
+            _host: std::marker::PhantomData,
+        }
+    }
 }

@@ -60,6 +60,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("blocking", &["panics", "sys"]),
     ("panics", &["settings"]),
     ("steering", &["sys"]),
+    ("adapters", &["root", "service"]),
     ("body", &["root", "files", "time"]),
     ("service", &["root"]),
     ("time", &["executor", "net"]),

@@ -110,7 +110,9 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
     };
     let ended = generation.turns(seat, bell, inbox_bell).await;
     seat.heartbeat.busy(Instant::now());
-    // The user's things may panic when they are dropped; the ring must come down all the same.
+    // The user's things may call their host's runtime as they are dropped.
+    let _host = seat.settings.host.enter();
+    // They may panic, too; the ring must come down all the same.
     let dropped = catch_unwind(AssertUnwindSafe(|| {
         core.tasks.clear(|panic| core.log(Scene::TearDown, &panic));
         drop(generation);
@@ -210,6 +212,7 @@ impl Generation {
 
     fn turn(&mut self, seat: &SlotSeat) -> Next {
         let core = Rc::clone(&self.core);
+        let _host = core.settings.host.enter();
         self.begin_turn(seat);
         core.log_suppressed();
         self.take_in(seat);

@@ -16,6 +16,10 @@ use std::panic::{self, PanicHookInfo};
 use std::sync::{Arc, Once};
 
 const NOT_TEXT: &str = "a panic with a payload that is not text";
+/// What tokio says when it is called on a thread that knows of no runtime of its kind.
+const NO_TOKIO: &str = "must be called from the context of a Tokio 1.x runtime";
+const NO_TOKIO_HINT: &str =
+    " (an executor is no tokio runtime; `Builder::tokio`, feature `tokio`, lets services use one)";
 /// What the standard library says right before it aborts the process: nobody comes by after that to log the note.
 const LAST_WORDS: &[&str] = &["panic in a destructor during cleanup", "panic in a function that cannot unwind"];
 
@@ -78,14 +82,18 @@ pub(crate) fn caught(payload: Box<dyn Any + Send>) -> Panic {
             text
         }
     };
-    match NOTE.try_with(RefCell::take).ok().flatten() {
+    let mut panic = match NOTE.try_with(RefCell::take).ok().flatten() {
         Some(note) if note.message == message => note,
         other => {
             // A panic that somebody caught before, and then this one, which passed no hook (`resume_unwind`).
             other.iter().for_each(report_missed);
             Panic::of(message)
         }
+    };
+    if panic.message.contains(NO_TOKIO) {
+        panic.message.push_str(NO_TOKIO_HINT);
     }
+    panic
 }
 
 fn text_of(payload: &(dyn Any + Send)) -> &str {
@@ -202,6 +210,13 @@ mod tests {
         });
         assert_eq!((&*other.message, other.place), ("passed no hook", None));
         assert!(same.message == "thrown again" && same.place.is_some());
+    }
+
+    #[test]
+    fn a_call_of_tokios_without_its_runtime_is_told_what_to_do() {
+        let panic = with_hook(|| caught_from(|| drop(tokio::runtime::Handle::current())));
+        assert!(panic.message.contains("Builder::tokio") && panic.place.is_some(), "{panic}");
+        assert!(!caught_from(|| panic!("another")).message.contains("tokio"));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::outgoing::{self, Outgoing};
 use crate::body::BodyError;
 use crate::executor::core::{Core, Scene};
 use crate::panics::{Panic, caught};
-use crate::service::Reject;
+use crate::service::{NoUpgrade, Reject};
 use crate::{BoxError, Request, Response, TaskError};
 
 pin_project! {
@@ -170,6 +170,8 @@ pub(crate) fn respond<B: HttpBody + 'static>(
     // hyper says so by itself only for requests that came before it was told of the drain.
     let draining = in_flight.core.draining().is_some();
     let mut response = match result {
+        // hyper would send it, and then find nobody to take the connection over.
+        Ok(Ok(response)) if response.status() == StatusCode::SWITCHING_PROTOCOLS => refuse(NoUpgrade.into(), in_flight),
         Ok(Ok(response)) => content(response, in_flight, may_go_past_hyper),
         Ok(Err(error)) => refuse(error, in_flight),
         Err(panic) => {
@@ -210,6 +212,11 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
     }
     if error.downcast_ref::<TaskError>().is_some_and(TaskError::is_overloaded) {
         return text(StatusCode::SERVICE_UNAVAILABLE, None, in_flight);
+    }
+    if error.is::<NoUpgrade>() {
+        tracing::error!(slot = in_flight.core.slot, "answered 501: {error}");
+        let why = "this server does not upgrade connections to other protocols".to_owned();
+        return text(StatusCode::NOT_IMPLEMENTED, Some(why), in_flight);
     }
     tracing::error!(slot = in_flight.core.slot, %error, "a service failed; answered 500");
     text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)

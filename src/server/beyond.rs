@@ -1,5 +1,5 @@
-//! What a server has to do with other processes: one that it hands over to, one that it takes over from, and the service
-//! manager. Options, and what follows from them.
+//! What a server has to do with what is around it: a process that it hands over to, one that it takes over from, the
+//! service manager, the runtime of its host. Options, and what follows from them.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -66,6 +66,36 @@ impl Builder {
     /// EINTR. On x86-64 and aarch64.
     pub fn stall_backtraces(mut self, log: bool) -> Self {
         self.stall_backtraces = log;
+        self
+    }
+
+    /// Lets services use a tokio runtime: `tokio::time`, `tokio::spawn`, and what needs them (sqlx, reqwest, timeouts of
+    /// tower-http) work in handlers, tasks and the start-up closure. Needs the feature `tokio`.
+    ///
+    /// What is spawned so runs on the runtime's threads; the executors stay as they are and only find the runtime, which
+    /// they enter once a turn. Somebody must drive it: a `current_thread` one makes progress only while its owner is in
+    /// `block_on`. Not for closures of [`Shard::spawn_blocking`](crate::Shard::spawn_blocking).
+    ///
+    /// Without this, such a call is a panic like any other of a handler's; its message names this option.
+    ///
+    /// ```
+    /// use ringleader::{Body, Request, Response, Server, service_fn};
+    /// use std::time::Duration;
+    ///
+    /// # let runtime = tokio::runtime::Runtime::new().unwrap();
+    /// # let _entered = runtime.enter();
+    /// let handle = tokio::runtime::Handle::current(); // in a `#[tokio::main]`
+    /// let server = Server::builder().listen("127.0.0.1:0").tokio(handle).serve(async |_| {
+    ///     Ok(service_fn(async |_: Request| {
+    ///         tokio::time::sleep(Duration::from_millis(1)).await;
+    ///         Ok(Response::new(Body::from("rested\n")))
+    ///     }))
+    /// });
+    /// # drop(server);
+    /// ```
+    #[cfg(feature = "tokio")]
+    pub fn tokio(mut self, handle: tokio::runtime::Handle) -> Self {
+        self.host.tokio = Some(handle);
         self
     }
 }

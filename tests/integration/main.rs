@@ -1,6 +1,9 @@
 //! Ringleader from outside: in this process through its public interface, and as the command in processes of its own.
 //! One binary, a module for each kind of behaviour.
 
+mod adapters;
+#[cfg(feature = "axum")]
+mod axum_router;
 mod blocking;
 mod command;
 mod descriptors;
@@ -26,5 +29,7 @@ mod start;
 mod streaming;
 mod support;
 mod systemd;
+#[cfg(feature = "tokio")]
+mod tokio_host;
 mod tools;
 mod upgrade;

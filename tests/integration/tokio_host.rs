@@ -1,0 +1,100 @@
+//! A tokio runtime that the server is embedded in, found by services.
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use ringleader::{Body, BoxError, Request, Response, Server, Shard, Stop, service_fn};
+use tokio::runtime::{Builder, Handle, Runtime};
+
+use crate::support::{BOUND, Site, local};
+
+fn runtime() -> Runtime {
+    Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime can be made")
+}
+
+/// Uses tokio in every way that needs its runtime, and says which thread a task of its ran on.
+async fn use_tokio() -> Result<String, BoxError> {
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let slow = tokio::time::timeout(Duration::from_millis(1), std::future::pending::<()>());
+    assert!(slow.await.is_err());
+    let blocking = tokio::task::spawn_blocking(|| 1);
+    let name = tokio::spawn(async { thread::current().name().unwrap_or_default().to_owned() });
+    assert_eq!(blocking.await?, 1);
+    Ok(name.await?)
+}
+
+fn serving(handle: Handle) -> Server {
+    local(2).tokio(handle).serve(async |shard: Shard| {
+        // In the start-up closure as well.
+        use_tokio().await?;
+        Ok(service_fn(async move |request: Request| {
+            let text = match request.uri().path() {
+                "/task" => shard.spawn(use_tokio()).await??,
+                _ => use_tokio().await?,
+            };
+            Ok(Response::new(Body::from(text)))
+        }))
+    })
+}
+
+#[test]
+fn handlers_tasks_and_the_start_up_closure_use_the_hosts_tokio() {
+    let runtime = runtime();
+    let site = Site::start(serving(runtime.handle().clone()));
+    for path in ["/", "/task", "/"] {
+        let answer = site.connect().get(path);
+        assert_eq!(answer.status, 200);
+        assert!(answer.text().starts_with("tokio-r"), "{}", answer.text());
+    }
+    assert_eq!(site.stats().executors.iter().map(|executor| executor.panics_contained).sum::<u64>(), 0);
+}
+
+#[test]
+fn a_server_lives_in_a_tokio_program_of_one_thread() {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    runtime.block_on(async {
+        let running = serving(Handle::current()).start().await.expect("the server starts");
+        let address = running.local_addrs()[0];
+        // The client blocks, and the runtime must go on.
+        let answer = tokio::task::spawn_blocking(move || crate::support::Client::connect(address).get("/").status);
+        assert_eq!(answer.await.expect("the client does not panic"), 200);
+        running.stop(Stop::Now).await.expect("the server stops");
+    });
+}
+
+#[test]
+fn what_a_generation_leaves_behind_finds_tokio_as_it_is_dropped() {
+    struct SaysGoodbye(mpsc::Sender<bool>);
+    impl Drop for SaysGoodbye {
+        fn drop(&mut self) {
+            let _ = self.0.send(Handle::try_current().is_ok());
+        }
+    }
+    let (runtime, (sender, goodbyes)) = (runtime(), mpsc::channel());
+    let site = Site::start(local(1).tokio(runtime.handle().clone()).serve(async move |shard: Shard| {
+        let (in_task, in_service) = (SaysGoodbye(sender.clone()), SaysGoodbye(sender.clone()));
+        shard.spawn(async move {
+            let _kept = in_task;
+            std::future::pending::<()>().await;
+        });
+        Ok(service_fn(async move |_: Request| {
+            let _kept = &in_service;
+            Ok(Response::new(Body::empty()))
+        }))
+    }));
+    drop(site);
+    assert_eq!([goodbyes.recv_timeout(BOUND), goodbyes.recv_timeout(BOUND)], [Ok(true), Ok(true)]);
+}
+
+#[test]
+fn an_executor_is_no_part_of_the_runtime() {
+    let runtime = runtime();
+    let site = Site::start(local(1).tokio(runtime.handle().clone()).serve(async |_| {
+        Ok(service_fn(async |_: Request| {
+            let name = thread::current().name().unwrap_or_default().to_owned();
+            Ok(Response::new(Body::from(name)))
+        }))
+    }));
+    assert_eq!(site.connect().get("/").text(), "ringleader-0");
+}
