@@ -132,6 +132,7 @@ pub fn axum(router: axum::Router) -> Axum {
 }
 
 #[cfg(feature = "axum")]
+#[diagnostic::do_not_recommend]
 impl Service for Axum {
     type Body = axum::body::Body;
 

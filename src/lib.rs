@@ -52,6 +52,12 @@
 //! part of it is, from any executor, thread or runtime, and brings the answer back. [`Peers::owner_of`] says which executor a
 //! key belongs to. Every message is fallible and none waits for room ([`PeerError`]).
 //!
+//! # Answering
+//! With an async closure ([`service_fn`]), a type of one's own ([`Service`]), a hyper service ([`hyper`](fn@hyper)), a tower
+//! service with its layers ([`tower`](fn@tower)) or an axum router (`axum`). Features, none of them by default:
+//! - `axum`: the function of that name. axum's WebSockets are answered 501.
+//! - `tokio`: `Builder::tokio`, with which `tokio::time`, `tokio::spawn` and what needs them work in handlers.
+//!
 //! # Starting and stopping
 //! [`Server::run`] blocks until the end. [`Server::start`] gives an [`Order`], which is awaited on any async runtime or on
 //! none ([`Order::wait`]), and resolves when every executor accepts connections, or with the reason why one does not.

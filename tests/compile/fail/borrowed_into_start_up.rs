@@ -1,7 +1,7 @@
 //! The start-up closure outlives the function that gives it.
 //!
-//! says: closure may outlive the current function, but it borrows `name`
-//! says: to force the closure to take ownership of `name`
+//! says: `name` does not live long enough
+//! says: argument requires that `name` is borrowed for `'static`
 
 use ringleader::{Body, Request, Response, Server, Shard, service_fn};
 

@@ -1,6 +1,6 @@
 //! The start-up closure may fail, so it returns a result.
 //!
-//! says: to be a closure that returns
+//! says: mismatched types
 //! says: Result<_, Box<dyn
 
 use ringleader::{Body, Request, Response, Server, Shard, service_fn};

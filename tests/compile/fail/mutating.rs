@@ -1,6 +1,6 @@
 //! Requests are answered side by side: state is in a `Cell` or a `RefCell`.
 //!
-//! says: AsyncFnMut
+//! says: cannot borrow `count` as mutable
 
 use ringleader::{Body, Request, Response, Server, Shard, service_fn};
 

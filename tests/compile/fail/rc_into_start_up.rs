@@ -1,7 +1,8 @@
 //! What the start-up closure captures is shared by all executors.
 //!
-//! says: cannot be shared between threads safely
-//! says: required by a bound in `Builder::serve`
+//! says: `Rc<String>` cannot be
+//! says: between threads safely
+//! says: required by this bound in `Builder::serve`
 
 use ringleader::{Body, Request, Response, Server, Shard, service_fn};
 use std::rc::Rc;

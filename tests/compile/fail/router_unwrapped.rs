@@ -1,6 +1,6 @@
 //! An axum router goes through an adapter.
 //!
-//! says: `Router` is not a ringleader service
+//! says: is not a ringleader service
 //! says: an axum `Router` in `ringleader::axum` (feature `axum`)
 
 use ringleader::{Server, Shard};

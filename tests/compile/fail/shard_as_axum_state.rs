@@ -1,5 +1,6 @@
 //! axum's state is `Send`, and a shard is not.
 //!
+//! says: Handler<
 //! says: cannot be sent between threads safely
 //! says: within `Shard`
 

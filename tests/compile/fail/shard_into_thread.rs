@@ -1,7 +1,7 @@
 //! A shard stays on its executor.
 //!
 //! says: cannot be sent between threads safely
-//! says: required by a bound in `Shard::spawn_blocking`
+//! says: required by this bound in `Shard::spawn_blocking`
 
 use ringleader::{Blocking, Shard, SlotId};
 

@@ -1,7 +1,7 @@
 //! A tower service is cloned for each request.
 //!
 //! says: the trait bound `Once: Clone` is not satisfied
-//! says: required by a bound in `tower`
+//! says: required by this bound in `tower`
 
 use ringleader::{BoxError, Request, Response, Server, Shard};
 use std::future::Ready;
