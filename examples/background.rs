@@ -15,7 +15,8 @@ use std::time::Duration;
 use ringleader::{Body, Error, Request, Response, Server, Shard, service_fn};
 
 fn main() -> Result<(), Error> {
-    let server = Server::builder().listen("127.0.0.1:8080").stop_on_signals().serve(async |shard: Shard| {
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
+    let server = Server::builder().listen(address).stop_on_signals().serve(async |shard: Shard| {
         let ticks = Rc::new(Cell::new(0_u64));
         let (ticking, clock) = (Rc::clone(&ticks), shard.clone());
         shard.background("ticks", async move {

@@ -27,9 +27,10 @@ struct State {
 }
 
 fn main() -> Result<(), Error> {
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
     // The whole process's, made outside: read by all.
     let started = Instant::now();
-    let server = Server::builder().listen("127.0.0.1:8080").executors(2).stop_on_signals();
+    let server = Server::builder().listen(address).executors(2).stop_on_signals();
     let server = server.serve(async move |shard: Shard| {
         let state = Rc::new(State::default());
         Ok(service_fn(async move |request: Request| {

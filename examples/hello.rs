@@ -11,7 +11,8 @@ use ringleader::{Body, Error, Reject, Request, Response, Server, StatusCode, ser
 const BODY_BYTES_MAX: usize = 1000;
 
 fn main() -> Result<(), Error> {
-    let server = Server::builder().listen("127.0.0.1:8080").stop_on_signals().serve(async |_| {
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
+    let server = Server::builder().listen(address).stop_on_signals().serve(async |_| {
         Ok(service_fn(async |request: Request| {
             if request.uri().path() != "/" {
                 return Err(Reject::new(StatusCode::NOT_FOUND, "there is nothing here").into());

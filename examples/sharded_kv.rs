@@ -23,7 +23,8 @@ use ringleader::{
 type Part = RefCell<HashMap<String, Vec<u8>>>;
 
 fn main() -> Result<(), Error> {
-    let mut builder = Server::builder().listen("127.0.0.1:8080").executors(4).stop_on_signals();
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
+    let mut builder = Server::builder().listen(address).executors(4).stop_on_signals();
     let store = builder.sharded("store", async |_| Ok(Part::default()));
     let server = builder.serve(async move |shard: Shard| {
         let store = store.clone();

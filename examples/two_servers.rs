@@ -16,7 +16,10 @@ use std::time::Duration;
 use ringleader::{Body, Error, Request, Response, Server, Stop, service_fn};
 
 fn main() -> Result<(), Error> {
-    let public = Server::builder().name("public").listen("127.0.0.1:8080").executors(2).serve(async |_| {
+    let mut addresses = std::env::args().skip(1);
+    let public = addresses.next().unwrap_or_else(|| "127.0.0.1:8080".to_owned());
+    let internal = addresses.next().unwrap_or_else(|| "127.0.0.1:8081".to_owned());
+    let public = Server::builder().name("public").listen(public).executors(2).serve(async |_| {
         Ok(service_fn(async |_: Request| Ok(Response::new(Body::from("hello from the public server\n")))))
     });
     // `wait` blocks; in an async program `.start().await` does the same on any runtime.
@@ -24,7 +27,7 @@ fn main() -> Result<(), Error> {
 
     let (stop, stopped) = mpsc::channel();
     let watched = public.handle();
-    let internal = Server::builder().name("internal").listen("127.0.0.1:8081").executors(1).serve(async move |_| {
+    let internal = Server::builder().name("internal").listen(internal).executors(1).serve(async move |_| {
         let (watched, stop) = (watched.clone(), stop.clone());
         Ok(service_fn(async move |request: Request| {
             if request.uri().path() == "/stop" {

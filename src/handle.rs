@@ -262,6 +262,17 @@ impl Handle {
     }
 
     /// The server's counters now. Costs the executors nothing.
+    ///
+    /// ```
+    /// use ringleader::{ExecutorState, Handle};
+    ///
+    /// fn report(handle: &Handle) -> String {
+    ///     let stats = handle.stats();
+    ///     let serving = stats.executors.iter().filter(|executor| executor.state == ExecutorState::Serving).count();
+    ///     let requests: u64 = stats.executors.iter().map(|executor| executor.requests).sum();
+    ///     format!("ready: {}, {serving} executors serve, {requests} requests so far", stats.ready)
+    /// }
+    /// ```
     #[must_use]
     pub fn stats(&self) -> Stats {
         let read = |(index, slot): (usize, &Slot)| ExecutorStats::read(index as u16, slot.state(), &slot.cells());
@@ -279,6 +290,17 @@ impl Handle {
     ///
     /// # Errors
     /// When the number is out of range, and while the server starts, stops or is being upgraded; nothing changes then.
+    ///
+    /// ```
+    /// # use ringleader::{Body, Request, Response, Server, service_fn};
+    /// # let server = Server::builder().listen("127.0.0.1:0").executors(2).serve(async |_| {
+    /// #     Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
+    /// # });
+    /// let running = server.start().wait()?; // with two executors
+    /// running.scale(1).wait()?;
+    /// assert!(running.scale(3).wait().is_err_and(|error| error.is_refused()));
+    /// # Ok::<(), ringleader::Error>(())
+    /// ```
     pub fn scale(&self, executors: usize) -> Order<()> {
         let (promise, order) = Order::new();
         self.0.post.send(Message::Scale(executors, promise));
@@ -301,6 +323,19 @@ impl Handle {
     /// # Errors
     /// [`Error::is_refused`]: the new process could not be started, ended, refused or took too long; or the server is
     /// starting, stopping or being upgraded already. Then it goes on as before.
+    ///
+    /// ```
+    /// use ringleader::{Error, Handle};
+    ///
+    /// async fn upgrade(handle: Handle) -> Result<(), Error> {
+    ///     match handle.upgrade().await {
+    ///         Ok(process) => println!("process {process} serves; this one drains"),
+    ///         Err(error) if error.is_refused() => println!("this process goes on: {error}"),
+    ///         Err(error) => return Err(error),
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
     pub fn upgrade(&self) -> Order<u32> {
         let (promise, order) = Order::new();
         // If the server has ended, the promise is dropped, which is an answer, too.

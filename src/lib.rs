@@ -26,11 +26,11 @@
 //! - A **generation** is one life of an executor's state. The start-up closure given to [`Builder::serve`] runs at its
 //!   beginning, and all that the closure made is dropped at its end. If an executor fails, its connections are closed and
 //!   the next generation begins in the same slot, with whatever waits in its listeners' queues.
-//! - The **supervisor** is one plain thread. It starts, watches, restarts ([`RestartPolicy`]) and stops executors.
+//! - The **supervisor** is one plain thread. It starts, watches, restarts ([`RestartPolicy`]) and stops executors, takes
+//!   what waits for one that stalls to others, and changes their number ([`Scaling`]).
 //!
 //! State is therefore **per executor**: with four executors the counter above exists four times, and a client that comes
-//! back on a new connection may meet another one. State for the whole process is made outside of the closure and captured,
-//! as an `Arc` or whatever else may be shared between threads; it survives restarts.
+//! back on a new connection may meet another one.
 //!
 //! # What is `Send`
 //! | | |
@@ -38,6 +38,7 @@
 //! | the start-up closure | `Send + Sync`: every executor calls it |
 //! | the [`Service`] it returns, its futures, its response bodies | need not be |
 //! | [`Shard`], [`Task`] | not: bound to their executor |
+//! | [`Body`], [`Connection`] | `Send`, so that a request can be passed on to where it has to be |
 //! | closures of [`Shard::spawn_blocking`] and what they return; [`Blocking`] | `Send` |
 //! | [`ShardLocal`], a handle to a value of one executor, whatever that is | `Send`, `Sync` and `Clone`; used elsewhere it panics |
 //! | [`Sleep`] | `Send`, for futures that must be; polled elsewhere than on its executor it panics |
@@ -47,43 +48,126 @@
 //! An executor is one thread: a handler that computes or blocks for long holds up every connection of it.
 //! [`Shard::spawn_blocking`] takes such work elsewhere.
 //!
+//! # Where state goes
+//! | it belongs to | it is | it lives |
+//! |---|---|---|
+//! | one executor | made in the start-up closure and captured by the service: `Cell`, `RefCell`, `Rc` | as long as the generation |
+//! | one executor, reached from others | registered with [`Builder::sharded`], reached by a [`Sharded`] token | as long as the generation |
+//! | one executor, behind a handle that must be `Send` (axum's `State`) | in a [`ShardLocal`] | as long as the generation |
+//! | the whole process | made outside and captured by the start-up closure: `Arc`, atomics, `Mutex` | as long as the server; it survives restarts |
+//! | a request | in the handler's future | until it is answered, or its client has gone |
+//!
+//! Do not hold a borrow of a `RefCell` over an `.await`: other requests of the executor run meanwhile.
+//!
 //! # Between executors
 //! [`Builder::sharded`] registers state that every executor has one of; its token, a [`Sharded`], runs a closure where a
 //! part of it is, from any executor, thread or runtime, and brings the answer back. [`Peers::owner_of`] says which executor a
 //! key belongs to. Every message is fallible and none waits for room ([`PeerError`]).
 //!
 //! # Answering
-//! With an async closure ([`service_fn`]), a type of one's own ([`Service`]), a hyper service ([`hyper`](fn@hyper)), a tower
-//! service with its layers ([`tower`](fn@tower)) or an axum router (`axum`). Features, none of them by default:
+//! A service is an async closure ([`service_fn`]) or a type with [`Service`]. It gets a [`Request`] whose [`Body`] arrives
+//! as it is read, with limits of size and time; it returns a [`Response`] with a [`Body`] (bytes, a file of [`Files`]) or
+//! any other `http_body::Body`, or an error: a [`Reject`] and a [`BodyError`] know their status, so that `?` is right on
+//! both, and any other is logged and answered with 500.
+//!
+//! A hyper service ([`hyper`](fn@hyper)), a tower service with its layers ([`tower`](fn@tower)) and an axum router (`axum`)
+//! can be served, too. Features, none of them by default:
 //! - `axum`: the function of that name. axum's WebSockets are answered 501.
 //! - `tokio`: `Builder::tokio`, with which `tokio::time`, `tokio::spawn` and what needs them work in handlers.
 //!
 //! # Starting and stopping
 //! [`Server::run`] blocks until the end. [`Server::start`] gives an [`Order`], which is awaited on any async runtime or on
 //! none ([`Order::wait`]), and resolves when every executor accepts connections, or with the reason why one does not.
-//! [`Handle::stop`] drains or cuts off. The library installs no signal handler unless [`Builder::stop_on_signals`] or
-//! [`Builder::stall_backtraces`] asks for it, no panic hook and no log subscriber, has no global state that two servers
-//! would share, and never ends the process.
+//! [`Handle::stop`] drains or cuts off; a dropped [`Running`] cuts off without waiting.
+//!
+//! Inside of a tokio program, or of any other:
+//!
+//! ```
+//! use std::time::Duration;
+//! use ringleader::{Body, Request, Response, Server, Stop, service_fn};
+//!
+//! # tokio::runtime::Builder::new_current_thread().build()?.block_on(async {
+//! let server = Server::builder().listen("127.0.0.1:0").executors(1).serve(async |_| {
+//!     Ok(service_fn(async |_: Request| Ok(Response::new(Body::from("hello")))))
+//! });
+//! let running = server.start().await?;
+//! println!("serving on {:?}", running.local_addrs());
+//! // ... until the program is to end:
+//! let exit = running.stop(Stop::Drain(Duration::from_secs(10))).await?;
+//! assert!(exit.drained);
+//! # Ok::<(), ringleader::Error>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The library installs no signal handler unless one is asked for ([`Builder::stop_on_signals`],
+//! [`Builder::upgrade_on_signal`], [`Builder::reload_on_signal`], [`Builder::stall_backtraces`]), no panic hook and no log
+//! subscriber, and never ends the process by itself ([`HangPolicy::Abort`] does, if it is chosen). Two servers in one
+//! process share nothing; [`Builder::name`] tells their threads and log lines apart. Port 0 takes a free port, which
+//! [`Handle::local_addrs`] names; [`mod@test`] has a client, a way to call a service without any socket, and faults on order.
+//!
 //! A stopped server has joined its threads and closed its descriptors; one eventfd per executor is leaked by glommio 0.9.
 //!
 //! # When something goes wrong
-//! - A service's `Err` is logged and answered with 500; a [`Reject`] or a [`BodyError`] has a status of its own, so that `?`
-//!   is right on both.
-//! - A panic in a service is contained: it costs a 500 and its connection. [`PanicPolicy::Restart`] makes it end the
-//!   generation instead, and so does the last of too many ([`Escalation`]). A panic in a [`Shard::spawn`]ed task, or in a
-//!   closure of [`Shard::spawn_blocking`], is its owner's, who sees a [`TaskError`].
-//! - A panic in a response's body breaks the connection off: a client never takes what it got for the whole.
-//! - A panic or an error in a [`Shard::background`] task or in the start-up closure ends the generation.
+//! | | costs | configured by |
+//! |---|---|---|
+//! | a service's `Err` | a 500, or the status it knows | |
+//! | a panic in a handler | a 500 and its connection | [`Builder::panics`]: its executor's generation instead |
+//! | a panic in a response's body | its connection, broken off: a client never takes what it got for the whole | the same |
+//! | many contained panics | the generation | [`Builder::escalation`]: more than 100 in 10 s |
+//! | a panic in a [`Shard::spawn`]ed task or a [`Shard::spawn_blocking`] closure | it alone; its owner sees a [`TaskError`] | |
+//! | a panic or an error in a [`Shard::background`] task or in the start-up closure | the generation | [`Builder::restart`] |
+//! | a generation's end | its connections; what waits in the listeners' queues is served by the next one, at once at first, then after 100 ms and up to 15 s | [`Builder::restart`] |
+//! | five failures of a slot within 30 s | the slot (quarantine); when none is left, the server ends with an error | [`Builder::restart`] |
+//! | a turn of more than 100 ms (a stall) | new connections go to other executors, and those in its queue are handed to them | [`Builder::stall_limit`], [`Builder::stall_backtraces`] |
+//! | a turn of more than 30 s (a hang) | the executor's connections and its thread, which is left behind; another takes the slot | [`Builder::hang`] |
+//! | too much to do | nothing by default; requests refused with 503 | [`Builder::overload`] |
+//! | a new binary | nothing: it takes over the listeners and this one drains | [`Handle::upgrade`], [`Builder::upgrade_on_signal`] |
+//!
 //! - A panic on a task queue of glommio's (for those who use glommio by themselves) ends the generation and its thread;
 //!   what waited on such queues is lost without being dropped. A future's `Drop` that panics there ends the process.
 //! - [`install_panic_hook`] puts the place of each panic into the log.
 //! - With `panic = "abort"`, and for a stack overflow, a double panic or a segmentation fault, there is no containment:
 //!   the process ends.
 //!
+//! [`Handle::stats`] tells what each executor is doing ([`ExecutorState`]) and has done; [`Stats::ready`] is for load
+//! balancers. [`Handle::scale`] changes the number of executors by order, [`Builder::scaling`] by load.
+//!
 //! # Limits
-//! Everything is bounded. Of a connection: [`HttpLimits`]. Of an executor: [`Builder::connections_max`],
-//! [`Builder::backlog`] and, if asked for, [`Overload`]. Of a server: 1,024 executors. A client that does not read costs its socket's send buffer and what
-//! its response body and hyper hold; one that sends what nobody reads costs 192 KiB at most, then TCP holds it back.
+//! Everything is bounded.
+//!
+//! | of | bound | default |
+//! |---|---|---|
+//! | a request's head | [`HttpLimits::header_bytes_max`], [`HttpLimits::headers_max`], [`HttpLimits::header_timeout`] | 32 KiB, 100 fields, 10 s |
+//! | a request's body | [`HttpLimits::body_bytes_max`], [`HttpLimits::body_timeout`] between two pieces | 1 MiB, 60 s |
+//! | an idle connection | [`HttpLimits::idle_timeout`] | 75 s |
+//! | an executor's connections | [`Builder::connections_max`] | what the limit on open files leaves |
+//! | connections that wait for it | [`Builder::backlog`] | 4,096, or `somaxconn` |
+//! | its requests in flight, their delay | [`Overload`] | none |
+//! | blocking closures of a server | [`Builder::blocking_threads_max`], [`Builder::blocking_queue_max`] | 64 run, 1,024 wait |
+//! | a start-up closure | [`Builder::start_timeout`] | 30 s |
+//! | a drain | [`Builder::drain_timeout`], [`Stop::Drain`] | 30 s |
+//! | a server's executors | [`Builder::executors`] | one per CPU; 1,024 at most |
+//!
+//! A client that does not read costs its socket's send buffer and what its response body and hyper hold; one that sends
+//! what nobody reads costs 192 KiB at most, then TCP holds it back.
+//!
+//! # Examples, by question
+//! In the repository's `examples/`, one file each:
+//!
+//! | | |
+//! |---|---|
+//! | How do I answer requests, read a body, refuse one? | `hello` |
+//! | Where does state go, and who shares it? | `executor_state` |
+//! | How does a request reach the executor that has what it asks for? | `sharded_kv` |
+//! | How do I serve files? | `static_files` |
+//! | How do I run two servers in one process, stop them by hand, read their counters? | `two_servers` |
+//! | How do I run something beside the requests? Timers and timeouts? | `background` |
+//! | How do I call what blocks, or compute for long? | `blocking` |
+//! | How do I run a server inside my tokio program, and stop it gracefully? | `in_tokio` |
+//! | What does a panic cost, and how do I change that? | `panics` |
+//! | How do I change the number of executors, and see what they do? | `scaling` |
+//! | How do I test what I built on this? | `testing` |
 //!
 //! # Reading order
 //! [`Server`] and [`Builder`] (what to configure), [`Shard`] (what the start-up closure gets), [`Service`], [`Body`] and
@@ -92,8 +176,9 @@
 //! ARCHITECTURE.md follows one connection through them.
 //!
 //! # Requirements
-//! Linux 6.1 or later with io_uring allowed (containers often block it), 512 KiB of locked memory, Rust 1.88. A start without
-//! them fails with a sentence that says what is missing and what to do.
+//! Linux 6.1 or later with io_uring allowed (containers often block it) and 512 KiB of locked memory. A start without them
+//! fails with a sentence that says what is missing and what to do. Rust 1.88 or later; raising that is a minor version's
+//! matter.
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod adapters;
@@ -121,6 +206,7 @@ mod steering;
 mod supervisor;
 mod sys;
 mod systemd;
+pub mod test;
 mod time;
 mod upgrade;
 

@@ -2,6 +2,7 @@
 
 mod beyond;
 pub(crate) mod sharded;
+mod supervision;
 
 use std::fmt;
 use std::future::Future;
@@ -28,7 +29,7 @@ use crate::settings::{Escalation, Host, HttpLimits, Overload, PanicPolicy, Setti
 use crate::shard::Shard;
 use crate::steering::{self, Kernel, Members, Realise, Table};
 use crate::supervisor::handover::{Handover, Reload};
-use crate::supervisor::policy::{self, HangPolicy, Scaling};
+use crate::supervisor::policy;
 use crate::supervisor::post::{self, Message, Post};
 use crate::supervisor::{self, signals};
 use crate::sys::bind::ListenOptions;
@@ -61,6 +62,15 @@ pub enum Steering {
 }
 
 /// When and how often a failed executor is restarted.
+///
+/// ```
+/// use ringleader::{RestartPolicy, Server};
+///
+/// let mut restart = RestartPolicy::default();
+/// restart.quarantine_after = 0; // as often as it takes
+/// let builder = Server::builder().restart(restart);
+/// # let _ = builder;
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RestartPolicy {
@@ -169,6 +179,7 @@ pub struct Builder {
     user_timeout: Option<Duration>,
     share_port: bool,
     listen_by_default: Option<Listen>,
+    without_listeners: bool,
     signals: signals::Wanted,
     reload: Option<Reload>,
     successor: Option<Launch>,
@@ -238,6 +249,7 @@ impl Builder {
             user_timeout: Some(Duration::from_secs(180)),
             share_port: false,
             listen_by_default: None,
+            without_listeners: false,
             signals: signals::Wanted::default(),
             reload: None,
             successor: None,
@@ -287,58 +299,6 @@ impl Builder {
         self
     }
 
-    /// When and how often a failed executor is restarted.
-    pub fn restart(mut self, restart: RestartPolicy) -> Self {
-        self.policy.restart = policy::RestartPolicy {
-            backoff_base: restart.backoff_base,
-            backoff_max: restart.backoff_max,
-            healthy_after: restart.healthy_after,
-            quarantine_after: restart.quarantine_after,
-            quarantine_window: restart.quarantine_window,
-            ..policy::RestartPolicy::default()
-        };
-        self
-    }
-
-    /// The start-up closure's time. Default 30 s.
-    pub fn start_timeout(mut self, limit: Duration) -> Self {
-        self.policy.start_timeout = limit;
-        self
-    }
-
-    /// How long a drain ordered by a signal may take. Default 30 s.
-    pub fn drain_timeout(mut self, limit: Duration) -> Self {
-        self.policy.drain_deadline = limit;
-        self
-    }
-
-    /// How long the executors go on accepting after readiness has turned false at a stop by a signal or an order to
-    /// drain: the time that a load balancer needs to notice. Default 0.
-    pub fn drain_delay(mut self, delay: Duration) -> Self {
-        self.policy.drain_delay = delay;
-        self
-    }
-
-    /// How the number of executors follows the load, when [`Builder::executors`] is given a range.
-    pub fn scaling(mut self, scaling: Scaling) -> Self {
-        self.policy.scaling = scaling;
-        self
-    }
-
-    /// How long one turn of an executor may take. Beyond it the executor is stalled: new connections go to others, and
-    /// those in its queue are handed to others. Default 100 ms, at least 1 ms.
-    pub fn stall_limit(mut self, limit: Duration) -> Self {
-        self.policy.stall_limit = limit.max(Duration::from_millis(1));
-        self
-    }
-
-    /// What becomes of an executor that has been stalled for `after`: a handler that never returns. Default: replaced
-    /// after 30 s. `None` is never, and so is [`HangPolicy::Ignore`].
-    pub fn hang(mut self, policy: HangPolicy, after: Option<Duration>) -> Self {
-        (self.policy.hang, self.policy.hang_timeout) = (policy, after);
-        self
-    }
-
     /// Connections open at once on one executor; more wait in the kernel's queue. Default: what the process's limit on
     /// open files leaves to each executor.
     pub fn connections_max(mut self, count: u64) -> Self {
@@ -376,27 +336,6 @@ impl Builder {
     /// Limits of HTTP/1.1 connections.
     pub fn http_limits(mut self, limits: HttpLimits) -> Self {
         self.http = limits;
-        self
-    }
-
-    /// When requests are refused to go on serving others. Off by default.
-    pub fn overload(mut self, limits: Overload) -> Self {
-        self.overload = limits;
-        self
-    }
-
-    /// What a panic in a request's handler, its response body or its connection costs. Default: its connection.
-    pub fn panics(mut self, policy: PanicPolicy) -> Self {
-        self.panics = policy;
-        self
-    }
-
-    /// How many contained panics restart their executor after all. Default: more than 100 in 10 s; `None` is never.
-    ///
-    /// A request that panics each time lets whoever sends it restart executors, and five restarts in 30 s quarantine a
-    /// slot ([`RestartPolicy`]). `None` where that is worse than an executor whose state is broken.
-    pub fn escalation(mut self, escalation: impl Into<Option<Escalation>>) -> Self {
-        self.escalation = escalation.into().map(Escalation::bounded);
         self
     }
 

@@ -3,6 +3,15 @@
 use std::time::Duration;
 
 /// Time and size limits of HTTP/1.1 connections.
+///
+/// ```
+/// use ringleader::{HttpLimits, Server};
+///
+/// let mut limits = HttpLimits::default();
+/// limits.body_bytes_max = 64 * 1024 * 1024; // uploads
+/// let builder = Server::builder().http_limits(limits);
+/// # let _ = builder;
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct HttpLimits {
@@ -41,14 +50,26 @@ impl Default for HttpLimits {
 
 /// When an executor refuses requests to go on serving others: it answers 503 with `Retry-After`, without calling the
 /// service and without reading a body. Off by default.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{Overload, Server};
+///
+/// let mut overload = Overload::default();
+/// overload.in_flight_max = Some(1000);
+/// overload.delay_max = Some(Duration::from_millis(50));
+/// let builder = Server::builder().overload(overload);
+/// # let _ = builder;
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Overload {
     /// Requests being answered at once on one executor; those above are refused. `None` is no limit.
     pub in_flight_max: Option<u64>,
     /// How long an executor's turns may be, that is: how late it comes to what is waiting. When turns have been longer than
-    /// this for 100 ms, with no rest between them, what a turn has not begun within this time is refused. folly's `Codel` has 5 ms, for services with handlers that never compute for
-    /// long; it has to be well above the longest computation of one request. `None` is no limit.
+    /// this for 100 ms, with no rest between them, what a turn has not begun within this time is refused. folly's `Codel`
+    /// has 5 ms, for services with handlers that never compute for long; it has to be well above the longest computation
+    /// of one request. `None` is no limit.
     pub delay_max: Option<Duration>,
     /// What `Retry-After` says, in whole seconds rounded up. 1 s.
     pub retry_after: Duration,

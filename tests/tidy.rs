@@ -17,6 +17,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("cli", &[]),
     // For the benches of this package.
     ("internals", &["executor", "net", "steering", "sys"]),
+    ("test", &["root", "supervisor"]),
     (
         "server",
         &[

@@ -101,13 +101,19 @@ impl Builder {
 }
 
 impl Builder {
+    /// Does with no address to listen on: what is to be served comes from elsewhere.
+    pub(crate) fn without_listeners(mut self) -> Self {
+        self.without_listeners = true;
+        self
+    }
+
     /// The addresses asked for.
     pub(super) fn addresses(&self, inheritance: &Inheritance) -> Result<Vec<SocketAddr>, Error> {
         let by_default =
             self.listen_by_default.iter().filter(|_| self.listen.is_empty() && !inheritance.has_activated());
         let found: Result<Vec<_>, _> = self.listen.iter().chain(by_default).map(Listen::resolve).collect();
         let addresses = found?.concat();
-        if addresses.is_empty() && !inheritance.has_activated() {
+        if addresses.is_empty() && !inheritance.has_activated() && !self.without_listeners {
             return Err(Error::new(Kind::Usage, "no address to listen on was given"));
         }
         Ok(addresses)

@@ -8,6 +8,7 @@ pub(crate) mod handover;
 mod load;
 pub(crate) mod policy;
 pub(crate) mod post;
+pub(crate) mod provoke;
 mod rescue;
 pub(crate) mod signals;
 mod steer;
@@ -208,6 +209,10 @@ impl Supervisor {
                 self.scale_orders.push_back(promise);
                 // Beyond what can be said is as far out of range as what can.
                 Some(Event::Scale { count: u16::try_from(count).unwrap_or(u16::MAX) })
+            }
+            Message::Provoke(slot, what, promise) => {
+                self.provoke(slot, what, promise);
+                None
             }
             Message::Signal(signal) => {
                 self.handover.stopping();

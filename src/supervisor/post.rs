@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
+use super::provoke::Provocation;
 use crate::executor::slot::Report;
 use crate::handle::Stop;
 use crate::order::Promise;
@@ -19,6 +20,8 @@ pub(crate) enum Message {
     Stop(Stop),
     /// So many executors are wanted.
     Scale(usize, Promise<()>),
+    /// A fault in this slot, for a test.
+    Provoke(usize, Provocation, Promise<()>),
     /// A signal that asks to stop.
     Signal(i32),
     /// Hand over to a new binary; by signal, there is nobody to tell.

@@ -9,6 +9,7 @@ mod command;
 mod descriptors;
 mod distribution;
 mod embedding;
+mod examples;
 mod files;
 mod fullness;
 mod http1;
@@ -29,6 +30,7 @@ mod start;
 mod streaming;
 mod support;
 mod systemd;
+mod testing;
 #[cfg(feature = "tokio")]
 mod tokio_host;
 mod tools;

@@ -127,7 +127,8 @@ fn orders_under_traffic_lose_nothing() {
 
 #[test]
 fn executors_follow_the_load() {
-    let scaling = Scaling { period: Duration::from_millis(50), up_after: 2, down_after: 4, ..Scaling::default() };
+    let mut scaling = Scaling::default();
+    (scaling.period, scaling.up_after, scaling.down_after) = (Duration::from_millis(50), 2, 4);
     let server = local(1).executors(1..=3).scaling(scaling);
     let (site, _gate) = site(server);
     assert_eq!((serving(&site), idle_executors(&site)), (1, 2), "it starts with the fewest");

@@ -70,6 +70,7 @@ impl Config {
 
 /// What becomes of an executor that has been stalled for as long as a hang takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum HangPolicy {
     /// Its sockets are shut down, its thread is left behind, and another takes the slot.
     #[default]
@@ -85,7 +86,19 @@ pub enum HangPolicy {
 ///
 /// Utilisation is added up over the running executors. One is added when their mean is above `high`; one is removed when
 /// the rest would have a mean of at most `low` with what is there. See `scaling.rs` for why these two cannot alternate.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{Scaling, Server};
+///
+/// let mut scaling = Scaling::default();
+/// scaling.high = 0.6;
+/// scaling.period = Duration::from_millis(500);
+/// let builder = Server::builder().executors(2..=8).scaling(scaling);
+/// # let _ = builder;
+/// ```
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Scaling {
     /// Between two samples. 1 s. The loop takes the samples; the policy counts them.
     pub period: Duration,

@@ -1,0 +1,115 @@
+//! What the builder says of failures: restarts, stalls, hangs, panics, overload; of drains, and of the number of executors.
+
+use std::time::Duration;
+
+use super::{Builder, RestartPolicy};
+use crate::settings::{Escalation, Overload, PanicPolicy};
+use crate::supervisor::policy::{self, HangPolicy, Scaling};
+
+impl Builder {
+    /// When and how often a failed executor is restarted.
+    pub fn restart(mut self, restart: RestartPolicy) -> Self {
+        self.policy.restart = policy::RestartPolicy {
+            backoff_base: restart.backoff_base,
+            backoff_max: restart.backoff_max,
+            healthy_after: restart.healthy_after,
+            quarantine_after: restart.quarantine_after,
+            quarantine_window: restart.quarantine_window,
+            ..policy::RestartPolicy::default()
+        };
+        self
+    }
+
+    /// The start-up closure's time. Default 30 s.
+    pub fn start_timeout(mut self, limit: Duration) -> Self {
+        self.policy.start_timeout = limit;
+        self
+    }
+
+    /// How long a drain ordered by a signal may take. Default 30 s.
+    pub fn drain_timeout(mut self, limit: Duration) -> Self {
+        self.policy.drain_deadline = limit;
+        self
+    }
+
+    /// How long the executors go on accepting after readiness has turned false at a stop by a signal or an order to
+    /// drain: the time that a load balancer needs to notice. Default 0.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::Server;
+    ///
+    /// // In Kubernetes: five seconds for the endpoints to be updated, then twenty for what runs.
+    /// let builder = Server::builder()
+    ///     .stop_on_signals()
+    ///     .drain_delay(Duration::from_secs(5))
+    ///     .drain_timeout(Duration::from_secs(20));
+    /// # let _ = builder;
+    /// ```
+    pub fn drain_delay(mut self, delay: Duration) -> Self {
+        self.policy.drain_delay = delay;
+        self
+    }
+
+    /// How the number of executors follows the load, when [`Builder::executors`] is given a range.
+    pub fn scaling(mut self, scaling: Scaling) -> Self {
+        self.policy.scaling = scaling;
+        self
+    }
+
+    /// How long one turn of an executor may take. Beyond it the executor is stalled: new connections go to others, and
+    /// those in its queue are handed to others. Default 100 ms, at least 1 ms.
+    pub fn stall_limit(mut self, limit: Duration) -> Self {
+        self.policy.stall_limit = limit.max(Duration::from_millis(1));
+        self
+    }
+
+    /// What becomes of an executor that has been stalled for `after`: a handler that never returns. Default: replaced
+    /// after 30 s. `None` is never, and so is [`HangPolicy::Ignore`].
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::{HangPolicy, Server};
+    ///
+    /// // Requests that compute for a second are in order here; a minute is not, and then the service manager is to start
+    /// // the process afresh.
+    /// let builder = Server::builder()
+    ///     .stall_limit(Duration::from_secs(2))
+    ///     .hang(HangPolicy::Abort, Some(Duration::from_secs(60)));
+    /// # let _ = builder;
+    /// ```
+    pub fn hang(mut self, policy: HangPolicy, after: Option<Duration>) -> Self {
+        (self.policy.hang, self.policy.hang_timeout) = (policy, after);
+        self
+    }
+
+    /// When requests are refused to go on serving others. Off by default.
+    pub fn overload(mut self, limits: Overload) -> Self {
+        self.overload = limits;
+        self
+    }
+
+    /// What a panic in a request's handler, its response body or its connection costs. Default: its connection.
+    pub fn panics(mut self, policy: PanicPolicy) -> Self {
+        self.panics = policy;
+        self
+    }
+
+    /// How many contained panics restart their executor after all. Default: more than 100 in 10 s; `None` is never.
+    ///
+    /// A request that panics each time lets whoever sends it restart executors, and five restarts in 30 s quarantine a
+    /// slot ([`RestartPolicy`]). `None` where that is worse than an executor whose state is broken.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::{Escalation, Server};
+    ///
+    /// let restarts_at_the_fourth = Server::builder().escalation(Escalation::after(3, Duration::from_secs(60)));
+    /// let never_restarts = Server::builder().escalation(None);
+    /// # let _ = (restarts_at_the_fourth, never_restarts);
+    /// ```
+    pub fn escalation(mut self, escalation: impl Into<Option<Escalation>>) -> Self {
+        self.escalation = escalation.into().map(Escalation::bounded);
+        self
+    }
+}
