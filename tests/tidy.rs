@@ -52,7 +52,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("systemd", &["sys", "upgrade"]),
     ("upgrade", &["sys"]),
     ("handle", &["root", "executor", "order", "shard", "supervisor"]),
-    ("peers", &["root", "executor", "panics", "protocol", "shard"]),
+    ("peers", &["executor", "panics", "protocol", "shard"]),
     ("shard", &["root", "blocking", "executor", "handle", "protocol", "shard_local", "sys", "time"]),
     ("shard_local", &["executor", "panics"]),
     ("protocol", &["root", "body", "executor", "files", "net", "panics", "server", "service", "settings", "time"]),
