@@ -73,15 +73,13 @@ pub(crate) fn mark_thread() {
 
 /// What a payload says, with the hook's note of it. To be called where it has been caught.
 pub(crate) fn caught(payload: Box<dyn Any + Send>) -> Panic {
-    let message = match payload.downcast::<String>() {
-        Ok(text) => *text,
-        Err(payload) => {
-            let text = text_of(&*payload).to_owned();
-            // Dropping a foreign payload may panic in its turn; losing it is the safe way out.
-            std::mem::forget(payload);
-            text
-        }
-    };
+    let message = text_of(&*payload).to_owned();
+    if payload.is::<String>() || payload.is::<&'static str>() {
+        drop(payload);
+    } else {
+        // Dropping a foreign payload may panic in its turn; losing it is the safe way out.
+        std::mem::forget(payload);
+    }
     let mut panic = match NOTE.try_with(RefCell::take).ok().flatten() {
         Some(note) if note.message == message => note,
         other => {
