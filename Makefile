@@ -10,7 +10,7 @@ ARGS ?= --listen 127.0.0.1:8080
 # In order of the time they take, the shortest first.
 PROOFS ?= spread panics activation crash-loop bodies stall scale idle orders escapes upgrades ramp faults soak
 
-.PHONY: help run test test-asan check advisories bench bench-peers proofs clean toolchain test-tools bench-tools
+.PHONY: help run test test-asan check advisories bench bench-peers proofs clean toolchain test-tools bench-tools proof-tools
 
 help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
@@ -58,7 +58,7 @@ bench-peers: toolchain bench-tools
 	$(CARGO) build --release --package ringleader --package ringleader-peers
 	$(TARGET)/release/bench-peers $(PEERS_ARGS)
 
-proofs: toolchain bench-tools
+proofs: toolchain bench-tools proof-tools
 	$(CARGO) build --release --package ringleader --package ringleader-proofs --package ringleader-peers
 	@failed=; for proof in $(PROOFS); do \
 		echo "== $$proof"; \
@@ -75,8 +75,9 @@ toolchain:
 
 # COMMAND:PACKAGE of Debian.
 test-tools: TOOLS = curl:curl strace:strace python3:python3
+proof-tools: TOOLS = systemd-socket-activate:systemd
 bench-tools: TOOLS = wrk:wrk perf:linux-perf taskset:util-linux curl:curl strace:strace ip:iproute2
-test-tools bench-tools:
+test-tools bench-tools proof-tools:
 	@missing=; for tool in $(TOOLS); do \
 		command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \
 	done; \

@@ -86,13 +86,10 @@ impl Steer {
     }
 
     fn put_in_force(&mut self, seats: &[Arc<SlotSeat>]) {
+        let receivers = self.receivers();
         let Some(table) = &mut self.table else { return };
         let outcome = match &mut self.refresh {
-            None => {
-                let (active, full) = (&self.active, &self.full);
-                let with_room: Vec<u16> = active.iter().copied().filter(|slot| !full.contains(slot)).collect();
-                table.set_active(if with_room.is_empty() { active } else { &with_room })
-            }
+            None => table.set_active(&receivers),
             Some(refresh) => {
                 let now = Instant::now();
                 refresh.next = now + refresh.period;
