@@ -12,13 +12,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::accept::Acceptor;
 use super::core::{Core, Failure, Scene};
 use super::inbox::{Handed, Order};
-use super::park::{Doorbell, hand_over};
+use super::park::Park;
 use super::slot::SlotSeat;
 use super::tasks::OnPanic;
 use crate::files;
@@ -88,8 +87,8 @@ enum Next {
 }
 
 /// Runs generation `number` in `seat` until it ends, and takes it down.
-pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox_bell: &mut Doorbell) -> Ended {
-    let core = match start(seat, number, bell) {
+pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended {
+    let core = match start(seat, number, park) {
         Ok(core) => core,
         Err(error) => return Ended::Failed(Failure::Start(format!("setting up the executor's io_uring: {error}"))),
     };
@@ -108,7 +107,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
         announced: false,
         core: Rc::clone(&core),
     };
-    let ended = generation.turns(seat, bell, inbox_bell).await;
+    let ended = generation.turns(seat, park).await;
     seat.heartbeat.busy(Instant::now());
     // The user's things may call their host's runtime as they are dropped.
     let _host = seat.settings.host.enter();
@@ -125,14 +124,14 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, bell: &mut Doorbell, inbox
     ended
 }
 
-fn start(seat: &SlotSeat, number: u64, bell: &Doorbell) -> io::Result<Rc<Core>> {
+fn start(seat: &SlotSeat, number: u64, park: &Park) -> io::Result<Rc<Core>> {
     let core = Core::new(seat, number)?;
     seat.cells.generation.set(number);
     seat.cells.open.set(0);
     seat.cells.in_flight.set(0);
     let prepared = (|| {
         let mut driver = core.driver();
-        driver.ring().register_eventfd(bell.as_fd())?;
+        driver.ring().register_eventfd(park.ring_bell())?;
         driver.ring().signal_eventfd(false);
         driver.watch_inbox(seat.inbox.as_fd());
         Ok(())
@@ -176,13 +175,13 @@ fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>, components: Components) -> R
 }
 
 impl Generation {
-    async fn turns(&mut self, seat: &SlotSeat, bell: &mut Doorbell, inbox_bell: &mut Doorbell) -> Ended {
+    async fn turns(&mut self, seat: &SlotSeat, park: &mut Park) -> Ended {
         loop {
             // A panic in what follows is ours, not a task's: it costs this generation.
             match catch_unwind(AssertUnwindSafe(|| self.turn(seat))) {
                 Ok(Next::Turn) => {}
                 Ok(Next::HandOver) => {
-                    hand_over().await;
+                    park.hand_over().await;
                     self.handed_over = Instant::now();
                 }
                 Ok(Next::Park(limit)) => {
@@ -190,14 +189,7 @@ impl Generation {
                     // What the kernel completed before the signal was switched on would ring no bell.
                     if !self.core.driver().ring().wants_enter() {
                         self.rest(seat);
-                        // The inbox rings by itself. By way of our ring it would be late or not heard: inside the wake-up
-                        // of one eventfd the kernel puts off signalling another (`io_eventfd_signal`) by an RCU grace
-                        // period, and 6.18 never does so a second time.
-                        let woken = |context: &mut Context<'_>| match inbox_bell.poll_rung(context) {
-                            Poll::Ready(()) => Poll::Ready(()),
-                            Poll::Pending => self.core.tasks.poll_woken(context),
-                        };
-                        bell.wait(limit, woken).await;
+                        park.wait(limit, |context| self.core.tasks.poll_woken(context)).await;
                         self.core.tasks.awake();
                     }
                     self.core.driver().ring().signal_eventfd(false);

@@ -16,7 +16,7 @@ use super::cells::Cells;
 use super::core::{Core, Scene};
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
-use super::park::{Doorbell, hand_over};
+use super::park::Park;
 use crate::blocking::Pool;
 use crate::net::registry::Registry;
 use crate::panics::{self, Panic, caught};
@@ -25,7 +25,6 @@ use crate::server::sharded::Components;
 use crate::settings::Settings;
 use crate::shard_local::Home;
 use crate::sys::cpu_clock::ThreadClock;
-use crate::sys::eventfd::EventFd;
 use crate::sys::heartbeats::Heartbeat;
 use crate::sys::socket;
 use crate::sys::stack_sample::ThreadId;
@@ -274,10 +273,10 @@ fn take_down<F>(outer: F) {
 }
 
 async fn outer(seat: &SlotSeat) {
-    let (mut ring_bell, mut inbox_bell) = match bells(seat) {
-        Ok(bells) => bells,
+    let mut park = match Park::new(seat.inbox.as_fd()) {
+        Ok(park) => park,
         Err(error) => {
-            tracing::error!(slot = seat.slot, %error, "making the eventfds of an executor");
+            tracing::error!(slot = seat.slot, %error, "making the eventfds and timers of an executor");
             return;
         }
     };
@@ -287,7 +286,7 @@ async fn outer(seat: &SlotSeat) {
             Some(Order::Start(number)) => {
                 // What came after the order to start is the generation's: `begin` has wiped out its announcement.
                 seat.inbox.look_again();
-                let ended = generation::run(seat, number, &mut ring_bell, &mut inbox_bell).await;
+                let ended = generation::run(seat, number, &mut park).await;
                 // Before the report, after which the supervisor may open it for the next one.
                 seat.inbox.close();
                 (seat.reports)(Report::Ended { slot: seat.slot, generation: number, ended });
@@ -301,16 +300,13 @@ async fn outer(seat: &SlotSeat) {
                 while seat.inbox.next_wake().is_some() {}
                 take_back(seat);
                 if seat.inbox.fall_asleep() {
-                    inbox_bell.wait(Duration::from_secs(1), |_| Poll::Pending).await;
+                    park.wait(Duration::from_secs(1), |_| Poll::Pending).await;
                     seat.inbox.awake();
                 }
             }
         }
     }
-    ring_bell.close().await;
-    inbox_bell.close().await;
-    // One more round of glommio's reactor closes files that were dropped in the middle of a read.
-    hand_over().await;
+    park.close().await;
 }
 
 /// Drops values of earlier generations that other threads have let go of by now.
@@ -348,10 +344,4 @@ fn await_order(seat: &SlotSeat) {
     while !seat.inbox.is_filled() && Instant::now() < until {
         std::thread::yield_now();
     }
-}
-
-fn bells(seat: &SlotSeat) -> std::io::Result<(Doorbell, Doorbell)> {
-    let ring = EventFd::new()?;
-    let inbox = seat.inbox.as_fd().try_clone_to_owned()?;
-    Ok((Doorbell::new(ring.into()), Doorbell::new(inbox)))
 }

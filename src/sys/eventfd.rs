@@ -20,13 +20,9 @@ impl EventFd {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Makes the descriptor readable. Never blocks in practice: the counter would have to reach 2^64 - 2, and every
-    /// waiter resets it or is one of ours that was asleep.
+    /// Makes the descriptor readable.
     pub fn signal(&self) {
-        let one = 1_u64;
-        // SAFETY: eight live bytes, only read.
-        let written = unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
-        debug_assert!(written == 8, "writing an eventfd: {}", io::Error::last_os_error());
+        signal(self.0.as_fd());
     }
 
     /// Takes the signals there are; to be called when it has been found readable, else it waits for one.
@@ -36,6 +32,15 @@ impl EventFd {
         let read = unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
         debug_assert!(read == 8, "reading an eventfd: {}", io::Error::last_os_error());
     }
+}
+
+/// Makes the eventfd `fd` readable. Never blocks in practice: the counter would have to reach 2^64 - 2, and every waiter
+/// resets it or is one of ours that was asleep.
+pub fn signal(fd: BorrowedFd<'_>) {
+    let one = 1_u64;
+    // SAFETY: eight live bytes, only read.
+    let written = unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
+    debug_assert!(written == 8, "writing an eventfd: {}", io::Error::last_os_error());
 }
 
 impl AsFd for EventFd {

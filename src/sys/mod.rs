@@ -21,3 +21,4 @@ pub mod probe;
 pub mod procfs;
 pub mod socket;
 pub mod stack_sample;
+pub mod timerfd;
