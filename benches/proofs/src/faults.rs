@@ -52,24 +52,11 @@ struct Fault {
     act: Act,
     /// It may cost connections.
     costs: bool,
-    /// It is over before the second phase.
-    ends: bool,
     /// The log has a line with one of these.
     said: &'static [&'static str],
 }
 
-/// glommio 0.9 takes an error of its own `io_uring_enter` for a defect and panics, which costs the executor's connections;
-/// and each new thread is counted from the start by strace, so that these faults have no end.
-const OF_GLOMMIO: Fault = Fault {
-    name: "",
-    inject: None,
-    act: Act::Wait,
-    costs: true,
-    ends: false,
-    said: &["panic", "ended", "io_uring_enter"],
-};
-
-const NONE: Fault = Fault { name: "", inject: None, act: Act::Wait, costs: false, ends: true, said: &[] };
+const NONE: Fault = Fault { name: "", inject: None, act: Act::Wait, costs: false, said: &[] };
 
 const FAULTS: &[Fault] = &[
     Fault {
@@ -87,9 +74,19 @@ const FAULTS: &[Fault] = &[
         ..NONE
     },
     Fault { name: "accept4 ECONNABORTED", inject: Some("accept4:error=ECONNABORTED:when=5..80+7"), ..NONE },
-    Fault { name: "io_uring_enter EINTR", inject: Some("io_uring_enter:error=EINTR:when=50..500+5"), ..OF_GLOMMIO },
-    Fault { name: "io_uring_enter EBUSY", inject: Some("io_uring_enter:error=EBUSY:when=50..500+5"), ..OF_GLOMMIO },
-    Fault { name: "io_uring_enter EAGAIN", inject: Some("io_uring_enter:error=EAGAIN:when=50..500+5"), ..OF_GLOMMIO },
+    Fault { name: "io_uring_enter EINTR", inject: Some("io_uring_enter:error=EINTR:when=50..500+5"), ..NONE },
+    Fault {
+        name: "io_uring_enter EBUSY",
+        inject: Some("io_uring_enter:error=EBUSY:when=50..500+5"),
+        said: &["io_uring_enter"],
+        ..NONE
+    },
+    Fault {
+        name: "io_uring_enter EAGAIN",
+        inject: Some("io_uring_enter:error=EAGAIN:when=50..500+5"),
+        said: &["io_uring_enter"],
+        ..NONE
+    },
     Fault {
         name: "io_uring_setup ENOMEM on restart",
         inject: Some("io_uring_setup:error=ENOMEM:when=SETUPS"),
@@ -187,11 +184,7 @@ impl Sum {
             verdicts.check(self.lost == 0, &format!("{name}: nothing fails meanwhile"), figures);
         }
         let figures = format!("{} of {}", self.lost_after, self.after);
-        if fault.ends {
-            verdicts.check(self.lost_after == 0 && self.after > 0, &format!("{name}: nothing fails after it"), figures);
-        } else {
-            println!("  lost later: {figures}");
-        }
+        verdicts.check(self.lost_after == 0 && self.after > 0, &format!("{name}: nothing fails after it"), figures);
         if !fault.said.is_empty() {
             let figures = format!("{} runs without a line with {:?}", self.silent, fault.said);
             verdicts.check(self.silent == 0, &format!("{name}: the log says so"), figures);

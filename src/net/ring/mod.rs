@@ -102,6 +102,7 @@ pub(crate) struct Ring {
     enter_flags: u32,
     buffers: Buffers,
     operations: Slab<Operation>,
+    put_off: Option<io::Error>,
 }
 
 impl Ring {
@@ -126,7 +127,7 @@ impl Ring {
             Err(_) => (ring.as_raw_fd(), 0),
         };
         let enter_flags = enter_flags | if ring.params().is_feature_no_iowait() { ENTER_NO_IOWAIT } else { 0 };
-        Ok(Self { ring, enter_fd, enter_flags, buffers, operations: Slab::with_capacity(64) })
+        Ok(Self { ring, enter_fd, enter_flags, buffers, operations: Slab::with_capacity(64), put_off: None })
     }
 
     fn builder() -> io_uring::Builder {
@@ -216,15 +217,25 @@ impl Ring {
     /// Submits what is queued, runs the kernel's deferred work and waits until `wait` completions are there.
     ///
     /// # Errors
-    /// Those of `io_uring_enter(2)`; `EINTR` is not one, the caller simply turns once more.
+    /// Those of `io_uring_enter(2)`; `EINTR` is not one, the caller simply turns once more. Nor are those that say "later",
+    /// see [`Ring::take_put_off`].
     pub(crate) fn enter(&mut self, wait: u32) -> io::Result<()> {
         let submit = self.ring.submission().len() as u32;
         match enter(self.enter_fd, submit, wait, ENTER_GETEVENTS | self.enter_flags, std::ptr::null(), 0) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR)) => Ok(()),
             // The completion side is backed up: reap first.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => {
+                self.put_off = Some(error);
+                Ok(())
+            }
             other => other.map(drop),
         }
+    }
+
+    /// What the kernel said when it last put off what was submitted, since this was last asked: completions are backed up,
+    /// or memory is short.
+    pub(crate) fn take_put_off(&mut self) -> Option<io::Error> {
+        self.put_off.take()
     }
 
     fn enter_for(&mut self, wait: u32, limit: Duration) -> io::Result<()> {
