@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cells::Cells;
+use super::rarely::Rarely;
 use super::reserve::{self, Claim};
 use crate::sys::socket::{self, AcceptFailure};
 
@@ -20,8 +21,6 @@ const REST: Duration = Duration::from_millis(50);
 /// soon as it is full; those in its queue already, and all when every slot is full, get this long for a place to fall
 /// vacant.
 const FULL_MAX: Duration = Duration::from_secs(1);
-/// The log hears of a lack of descriptors this often at the most.
-const SAY_AGAIN: Duration = Duration::from_secs(1);
 /// Connections answered with a close when the descriptors have run out, per rest.
 const SHED_MAX: usize = 64;
 
@@ -40,9 +39,11 @@ pub(crate) struct Acceptor {
     listeners: Arc<Vec<Listener>>,
     ready: Vec<bool>,
     _claim: Claim,
-    /// When the log last heard of a lack of descriptors, and how many connections were closed for it since.
-    said: Option<Instant>,
-    unsaid: u64,
+    /// Connections closed for want of descriptors.
+    no_descriptors: Rarely,
+    /// Connections closed because there were too many.
+    too_many: Rarely,
+    failures: Rarely,
     /// Tries in a row in which nothing could be accepted, not even to close it.
     stuck: u32,
     rest_until: Option<Instant>,
@@ -58,8 +59,9 @@ impl Acceptor {
             listeners,
             ready,
             _claim: Claim::new(),
-            said: None,
-            unsaid: 0,
+            no_descriptors: Rarely::default(),
+            too_many: Rarely::default(),
+            failures: Rarely::default(),
             stuck: 0,
             rest_until: None,
             open_max,
@@ -135,7 +137,7 @@ impl Acceptor {
                 Ok((fd, _)) if reserve::is_scarce() => {
                     drop(fd);
                     cells.shed.add(1);
-                    self.unsaid += 1;
+                    self.no_descriptors.count(1);
                     return self.out_of_descriptors(index, now, None, cells);
                 }
                 Ok((fd, peer)) => {
@@ -150,7 +152,11 @@ impl Acceptor {
                     AcceptFailure::Connection => {}
                     AcceptFailure::Resources => return self.out_of_descriptors(index, now, Some(&error), cells),
                     AcceptFailure::Fatal => {
-                        tracing::error!(listener = %listener.name, %error, "accept4 failed; resting before the next try");
+                        self.failures.count(1);
+                        if let Some(times) = self.failures.say(now) {
+                            let name = &listener.name;
+                            tracing::error!(listener = %name, %error, times, "accept4 failed, and is tried again");
+                        }
                         self.rest_until = Some(now + REST);
                         return;
                     }
@@ -167,9 +173,12 @@ impl Acceptor {
         }
         let (shed, error) = self.close_waiting(index, cells, |listener| socket::accept(listener).map(drop));
         self.rest_until = Some(now + REST);
-        if shed > 0 {
+        self.too_many.count(shed);
+        if self.too_many.owes()
+            && let Some(closed) = self.too_many.say(now)
+        {
             tracing::warn!(
-                listener = %self.listeners[index].name, closed = shed, open = cells.open.get(),
+                listener = %self.listeners[index].name, closed, open = cells.open.get(),
                 "an executor has as many connections as it may: more were closed unanswered; raise --connections or the \
                  limit on open files, or run more executors"
             );
@@ -184,15 +193,16 @@ impl Acceptor {
     fn out_of_descriptors(&mut self, index: usize, now: Instant, error: Option<&io::Error>, cells: &Cells) {
         let (shed, stopped_by) = self.close_waiting(index, cells, reserve::shed);
         self.rest_until = Some(now + REST);
-        self.unsaid += shed;
+        self.no_descriptors.count(shed);
         let (name, open) = (&self.listeners[index].name, cells.open.get());
-        if (self.unsaid > 0 || error.is_some()) && self.said.is_none_or(|said| now >= said + SAY_AGAIN) {
+        if (self.no_descriptors.owes() || error.is_some())
+            && let Some(closed) = self.no_descriptors.say(now)
+        {
             tracing::warn!(
-                listener = %name, error = error.map(tracing::field::display), closed = self.unsaid, open,
+                listener = %name, error = error.map(tracing::field::display), closed, open,
                 "accept4 ran out of resources: connections were closed unanswered; raise the limit (ulimit -n, \
                  LimitNOFILE=) or lower the number of connections per executor"
             );
-            (self.said, self.unsaid) = (Some(now), 0);
         }
         self.stuck = if shed == 0 && stopped_by.is_some() { self.stuck.saturating_add(1) } else { 0 };
         // Once is another executor that has a reserve by accident and gives it back at once.

@@ -18,6 +18,7 @@ use super::accept::Acceptor;
 use super::core::{Core, Failure, Scene};
 use super::inbox::{Handed, Order};
 use super::park::Park;
+use super::rarely::Rarely;
 use super::slot::SlotSeat;
 use super::tasks::OnPanic;
 use crate::files;
@@ -43,9 +44,6 @@ pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a client between two requests is waited for when others serve on. A busy client asks again sooner, and is told
 /// to close with that answer; one that is closed at a moment of our choice may be in the middle of asking, and fail.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
-
-/// How often at most a submission that was put off gets a line.
-const SAY_AGAIN: Duration = Duration::from_secs(1);
 
 /// How a generation ended.
 #[derive(Debug)]
@@ -78,15 +76,8 @@ struct Generation {
     /// Whether the supervisor has been told that the slot is full.
     full: bool,
     announced: bool,
-    put_off: PutOff,
-}
-
-/// Submissions that the kernel put off.
-#[derive(Default)]
-struct PutOff {
-    said: Option<Instant>,
-    /// Since then.
-    count: u64,
+    /// Submissions that the kernel put off.
+    put_off: Rarely,
 }
 
 /// What to do after a turn.
@@ -117,7 +108,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         asleep_at: None,
         full: false,
         announced: false,
-        put_off: PutOff::default(),
+        put_off: Rarely::default(),
         core: Rc::clone(&core),
     };
     let ended = generation.turns(seat, park).await;
@@ -321,12 +312,10 @@ impl Generation {
 
     /// Nothing is lost by it: what was submitted stays so, and the next turn enters again.
     fn note_put_off(&mut self, error: &io::Error) {
-        let (now, slot) = (Instant::now(), self.core.slot);
-        self.put_off.count += 1;
-        if self.put_off.said.is_none_or(|said| now >= said + SAY_AGAIN) {
-            let times = self.put_off.count;
+        self.put_off.count(1);
+        if let Some(times) = self.put_off.say(Instant::now()) {
+            let slot = self.core.slot;
             tracing::warn!(slot, times, %error, "io_uring_enter was put off by the kernel and is tried again");
-            self.put_off = PutOff { said: Some(now), count: 0 };
         }
     }
 
@@ -343,7 +332,15 @@ impl Generation {
         }
     }
 
+    /// Whether what comes in is another's to take: the listeners' queues and the slot outlive this generation.
+    fn has_ended(&self) -> bool {
+        self.ended.is_some() || self.core.failure().is_some()
+    }
+
     fn accept(&mut self) {
+        if self.has_ended() {
+            return;
+        }
         let (core, connect) = (Rc::clone(&self.core), self.connect.borrow().clone());
         let (Some(acceptor), Some(connect)) = (&mut self.acceptor, connect) else { return };
         if acceptor.has_work(core.now(), core.cells.open.get()) {
@@ -355,6 +352,9 @@ impl Generation {
 
     /// Takes over what the supervisor accepted for this executor. Before the service is there it waits.
     fn adopt_handed(&mut self, seat: &SlotSeat) {
+        if self.has_ended() {
+            return;
+        }
         let Some(connect) = self.connect.borrow().clone() else { return };
         while let Some(Handed { fd, peer, listener }) = seat.inbox.next_handed() {
             self.core.cells.accepted.add(1);

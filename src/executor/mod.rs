@@ -13,6 +13,7 @@ pub(crate) mod generation;
 pub(crate) mod inbox;
 pub(crate) mod overload;
 pub(crate) mod park;
+mod rarely;
 pub(crate) mod reserve;
 pub(crate) mod slot;
 pub(crate) mod states;

@@ -141,7 +141,7 @@ impl SlotSeat {
             components: self.components.clone(),
             inbox: Arc::new(Inbox::new()?),
             cells: Arc::new(self.cells.successor()),
-            heartbeat: self.heartbeat.clone(),
+            heartbeat: self.heartbeat.successor(),
             sockets: Arc::default(),
             blocking: Arc::clone(&self.blocking),
             reports: Arc::clone(&self.reports),

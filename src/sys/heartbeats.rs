@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ impl Heartbeats {
             Memory::Map(words) => words.len() / WORDS_PER_SLOT,
         };
         assert!(usize::from(slot) < slots, "slot {slot} of {slots}");
-        Heartbeat { all: Arc::clone(self), slot }
+        Heartbeat { all: Arc::clone(self), slot, owned: Arc::new(AtomicBool::new(true)) }
     }
 }
 
@@ -65,9 +65,29 @@ impl Heartbeats {
 pub struct Heartbeat {
     all: Arc<Heartbeats>,
     slot: u16,
+    /// Until the thread that writes has been given up: it may come back, and would speak for its successor.
+    owned: Arc<AtomicBool>,
 }
 
 impl Heartbeat {
+    /// The same for another thread in the place of this one's, which has been disowned.
+    pub fn successor(&self) -> Self {
+        Self { all: Arc::clone(&self.all), slot: self.slot, owned: Arc::new(AtomicBool::new(true)) }
+    }
+
+    /// What the thread that writes this says from now on does not count.
+    pub fn disown(&self) {
+        // A beat that is under way comes through, and lasts to the next one of the successor.
+        self.owned.store(false, Ordering::SeqCst);
+        self.line().store(0, Ordering::Relaxed);
+    }
+
+    fn beat(&self, value: u64) {
+        if self.owned.load(Ordering::Relaxed) {
+            self.line().store(value, Ordering::Relaxed);
+        }
+    }
+
     fn line(&self) -> &AtomicU64 {
         match &self.all.memory {
             Memory::Heap(lines) => &lines[usize::from(self.slot)].0,
@@ -77,12 +97,12 @@ impl Heartbeat {
 
     /// A turn begins: the executor is busy since `now`.
     pub fn busy(&self, now: Instant) {
-        self.line().store(monotonic_nanoseconds(now), Ordering::Relaxed);
+        self.beat(monotonic_nanoseconds(now));
     }
 
     /// There is nothing to do, or nobody to do it.
     pub fn asleep(&self) {
-        self.line().store(0, Ordering::Relaxed);
+        self.beat(0);
     }
 
     /// How long the executor has been busy with one turn; `None` when it sleeps.
@@ -122,6 +142,19 @@ mod tests {
         assert_eq!(other.busy_for(now), None);
         one.asleep();
         assert_eq!(one.busy_for(now), None);
+    }
+
+    #[test]
+    fn a_thread_that_was_given_up_does_not_speak_for_its_successor() {
+        let given_up = Heartbeats::on_heap(1).of(0);
+        let now = Instant::now();
+        given_up.busy(now);
+        given_up.disown();
+        let successor = given_up.successor();
+        assert_eq!(successor.busy_for(now), None);
+        successor.busy(now);
+        given_up.asleep();
+        assert_eq!(successor.busy_for(now), Some(Duration::ZERO));
     }
 
     #[test]

@@ -152,6 +152,38 @@ fn a_hung_executor_is_replaced_and_its_clients_see_the_end() {
     assert_eq!(exit.abandoned, 0);
 }
 
+/// Generation 1 and then generation 2 of the only executor hang. The first thread comes back in the meantime: it takes
+/// no connection from the queue that is its successor's now, and does not speak for it.
+#[test]
+fn a_thread_that_comes_back_leaves_its_successor_alone() {
+    let (first, second) = (Block::default(), Block::default());
+    let blocks = [first.clone(), second.clone()];
+    let builder = local(1).hang(HangPolicy::Replace, Some(Duration::from_millis(400)));
+    let site = Site::start(builder.serve(async move |shard: ringleader::Shard| {
+        let blocks = blocks.clone();
+        Ok(service_fn(async move |request: Request| {
+            if request.uri().path() == "/block" {
+                blocks[shard.generation() as usize - 1].wait();
+            }
+            Ok(Response::new(Body::from(format!("{} {}", shard.id(), shard.generation()))))
+        }))
+    }));
+    let (_victim, _) = block_one(&site, &first);
+    let mut next = site.connect();
+    assert_eq!(who(&mut next), (0, 2));
+    next.ask("/block");
+    eventually("the successor blocks", || second.1.load(Ordering::SeqCst) > 0);
+    let mut queued: Vec<Client> = (0..10).map(|_| site.connect()).collect();
+    queued.iter_mut().for_each(|client| client.ask("/"));
+    first.end();
+    for client in &mut queued {
+        assert_eq!(client.answer().text(), "0 3", "the successor is replaced as well, and who waits is served");
+    }
+    second.end();
+    eventually("both threads have come back and ended", || site.stats().threads_leaked == 0);
+    assert_eq!(who(&mut queued[0]), (0, 3));
+}
+
 #[test]
 fn a_hung_executor_that_is_not_to_be_replaced_is_waited_for() {
     let hang = Duration::from_millis(150);
