@@ -97,7 +97,8 @@ impl<S: Service> Speak for Http1<S> {
                 if oversized {
                     return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
                 }
-                let result = Contained::new(service.call(request)).await;
+                // The call itself is contained too: a service may do its work before it returns a future.
+                let result = Contained::new(async move { service.call(request).await }).await;
                 Ok(respond(result, in_flight, may_go_past_hyper))
             })
         });

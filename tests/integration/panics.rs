@@ -67,6 +67,21 @@ fn a_panic_after_an_await_is_contained_too() {
 }
 
 #[test]
+fn a_panic_before_a_service_returns_its_future_is_contained_too() {
+    let site = Site::start(local(1).serve(async |_: Shard| {
+        Ok(service_fn(|request: Request| {
+            assert!(request.uri().path() != "/panic", "a handler of the test's panics");
+            async { Ok(Response::new(Body::from("fine"))) }
+        }))
+    }));
+    let mut client = site.connect();
+    client.ask("/panic");
+    expect_500(&mut client);
+    assert_eq!(site.connect().get("/").text(), "fine");
+    assert_eq!((only(&site).panics_contained, only(&site).generation), (1, 1));
+}
+
+#[test]
 fn pipelined_requests_before_a_panic_are_answered() {
     let site = Site::serving(async |request: Request| {
         assert!(request.uri().path() != "/panic", "a handler of the test's panics");
