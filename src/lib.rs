@@ -140,6 +140,7 @@
 //! |---|---|---|
 //! | a request's head | [`HttpLimits::header_bytes_max`], [`HttpLimits::headers_max`], [`HttpLimits::header_timeout`] | 32 KiB, 100 fields, 10 s |
 //! | a request's body | [`HttpLimits::body_bytes_max`], [`HttpLimits::body_timeout`] between two pieces | 1 MiB, 60 s |
+//! | a client that does not read its answer | [`HttpLimits::send_timeout`] | 60 s |
 //! | an idle connection | [`HttpLimits::idle_timeout`] | 75 s |
 //! | an executor's connections | [`Builder::connections_max`] | what the limit on open files leaves |
 //! | connections that wait for it | [`Builder::backlog`] | 4,096, or `somaxconn` |

@@ -26,6 +26,10 @@ pub struct HttpLimits {
     pub hibernate_after: Option<Duration>,
     /// Between two pieces of a request body while the handler waits for one. 60 s: nginx's `client_body_timeout`.
     pub body_timeout: Option<Duration>,
+    /// How long a client may take nothing of an answer that is ready for it, before its connection is reset. The kernel says
+    /// that there is room again when a third of its send buffer is free, so a client that reads, but less than that in this
+    /// time, is reset too. 60 s: nginx's `send_timeout`, which means the same.
+    pub send_timeout: Option<Duration>,
     /// Bytes of a request's head. 32 KiB: what nginx takes with `large_client_header_buffers 4 8k`. At least 8 KiB.
     pub header_bytes_max: usize,
     /// Header fields of a request. 100: hyper's own default.
@@ -41,6 +45,7 @@ impl Default for HttpLimits {
             idle_timeout: Some(Duration::from_secs(75)),
             hibernate_after: Some(Duration::from_secs(5)),
             body_timeout: Some(Duration::from_secs(60)),
+            send_timeout: Some(Duration::from_secs(60)),
             header_bytes_max: 32 * 1024,
             headers_max: 100,
             body_bytes_max: 1024 * 1024,

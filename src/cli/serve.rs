@@ -72,6 +72,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
     body_timeout: f64,
 
+    /// Seconds a client may take nothing of an answer that is ready for it
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
+    send_timeout: f64,
+
     /// Seconds that requests in flight may take after a signal to stop
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = parse_seconds)]
     drain_timeout: f64,
@@ -230,6 +234,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     limits.header_timeout = limit(arguments.header_timeout);
     limits.idle_timeout = limit(arguments.idle_timeout);
     limits.body_timeout = limit(arguments.body_timeout);
+    limits.send_timeout = limit(arguments.send_timeout);
     limits.header_bytes_max = arguments.header_bytes;
     limits.headers_max = arguments.headers;
     limits.body_bytes_max = if arguments.body_bytes == 0 { u64::MAX } else { arguments.body_bytes };
@@ -334,7 +339,7 @@ fn announce(handle: &Handle, arguments: &Arguments) {
     tracing::info!("{} executors on CPUs {cpus:?}, one listener each; process {}", cpus.len(), std::process::id());
     tracing::info!("steering: {}", handle.steering());
     tracing::info!(
-        "limits: {} connections per executor, backlog {}, head {} bytes and {} fields in {}, body {} in pieces of {}, idle {}, drain {}",
+        "limits: {} connections per executor, backlog {}, head {} bytes and {} fields in {}, body {} in pieces of {}, answer {}, idle {}, drain {}",
         handle.connections_max(),
         arguments.backlog,
         arguments.header_bytes,
@@ -342,6 +347,7 @@ fn announce(handle: &Handle, arguments: &Arguments) {
         seconds(arguments.header_timeout),
         if arguments.body_bytes == 0 { "unlimited".to_owned() } else { format!("{} bytes", arguments.body_bytes) },
         seconds(arguments.body_timeout),
+        seconds(arguments.send_timeout),
         seconds(arguments.idle_timeout),
         seconds(arguments.drain_timeout),
     );

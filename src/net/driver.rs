@@ -192,6 +192,12 @@ impl Driver {
         self.close_if_quiet(key);
     }
 
+    /// Resets the connection: its peer is not to have what is queued for it. To be called before [`Driver::abandon`].
+    pub(crate) fn reset(&mut self, key: u32) {
+        // It fails only when the connection has ended anyway. A queued send ends by it, too.
+        let _ = socket::reset(self.sockets[key as usize].fd.as_fd());
+    }
+
     fn close_if_quiet(&mut self, key: u32) {
         let socket = &self.sockets[key as usize];
         if socket.abandoned

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use hyper::rt::ReadBufCursor;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -26,12 +27,14 @@ pub(crate) struct Stream {
     turn: u64,
     sent: usize,
     received: usize,
+    /// The last send found no room, and none has since.
+    blocked_since: Option<Instant>,
 }
 
 impl Stream {
     /// The stream of socket `key` of `core`'s driver.
     pub(crate) fn new(core: Rc<Core>, key: u32) -> Self {
-        Self { core, key, turn: 0, sent: 0, received: 0 }
+        Self { core, key, turn: 0, sent: 0, received: 0, blocked_since: None }
     }
 
     /// Whether a read would find something now.
@@ -113,10 +116,27 @@ impl Stream {
     }
 
     fn count_sent(&mut self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(count)) = polled {
-            self.sent += count;
+        match polled {
+            Poll::Ready(Ok(count)) => {
+                self.sent += count;
+                self.blocked_since = None;
+            }
+            Poll::Pending => _ = self.blocked_since.get_or_insert(self.core.now()),
+            Poll::Ready(Err(_)) => {}
         }
         polled
+    }
+
+    /// Since when the peer has taken nothing of what there is for it.
+    pub(crate) fn blocked_since(&self) -> Option<Instant> {
+        self.blocked_since
+    }
+
+    /// Resets the connection, and throws away what is queued for the peer.
+    pub(crate) fn reset(&mut self) {
+        if let Some(mut driver) = self.core.driver_if_live() {
+            driver.reset(self.key);
+        }
     }
 
     fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {

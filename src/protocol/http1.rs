@@ -140,8 +140,8 @@ pub(crate) struct Activity {
     /// The last request ended, or the last byte was sent, then.
     quiet_since: Cell<Instant>,
     uploads: Arc<UploadWatch>,
-    /// The last write found no room.
-    write_blocked: Cell<bool>,
+    /// The client has taken nothing since then of what there is for it.
+    blocked_since: Cell<Option<Instant>>,
     /// A request has been answered.
     spoke: Cell<bool>,
     /// The file that follows the head hyper is writing. It holds an [`InFlight`], and that this: the connection's end
@@ -156,7 +156,7 @@ impl Activity {
             head_since: Cell::new(None),
             quiet_since: Cell::new(now),
             uploads: Arc::default(),
-            write_blocked: Cell::new(false),
+            blocked_since: Cell::new(None),
             spoke: Cell::new(false),
             outgoing: Cell::new(None),
         }
@@ -205,7 +205,7 @@ impl Activity {
     fn is_between_requests(&self) -> bool {
         self.in_flight.get() == 0
             && self.head_since.get().is_none()
-            && !self.write_blocked.get()
+            && self.blocked_since.get().is_none()
             // Nobody holds a body whose rest may still come: hyper alone knows where that rest ends.
             && Arc::strong_count(&self.uploads) == 1
             && !self.uploads.was_cut()
@@ -217,8 +217,12 @@ impl Activity {
         }
     }
 
-    /// When the client will have taken too long over what it is doing; `None` while the server is at work.
+    /// When the client will have taken too long over what it is doing, which may be to read an answer; `None` while the
+    /// server is at work.
     fn deadline(&self, limits: &HttpLimits) -> Option<Instant> {
+        if let Some(since) = self.blocked_since.get() {
+            return limits.send_timeout.map(|limit| since + limit);
+        }
         if self.in_flight.get() > 0 {
             return None;
         }
@@ -419,8 +423,14 @@ impl Connection {
         self.core.settings.http.hibernate_after.unwrap_or(LOOK_AGAIN)
     }
 
-    fn time_out(&self) -> Poll<()> {
+    fn time_out(&mut self) -> Poll<()> {
         self.core.cells.timed_out.add(1);
+        if self.activity.blocked_since.get().is_some()
+            && let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done)
+        {
+            // What it does not read would stay in the kernel's memory for minutes.
+            speaking.into_io().stream.reset();
+        }
         Poll::Ready(())
     }
 }
@@ -473,7 +483,7 @@ impl hyper::rt::Write for HttpIo {
                 polled
             }
         };
-        this.activity.write_blocked.set(polled.is_pending());
+        this.activity.blocked_since.set(this.stream.blocked_since());
         if polled.is_ready() {
             this.activity.quiet_since.set(this.core.now());
         }
@@ -483,7 +493,9 @@ impl hyper::rt::Write for HttpIo {
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         // The stream itself has nothing to flush: what it took is in the kernel's hands, or goes there with this turn.
-        this.activity.poll_file(context, &mut this.stream)
+        let polled = this.activity.poll_file(context, &mut this.stream);
+        this.activity.blocked_since.set(this.stream.blocked_since());
+        polled
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -136,6 +136,14 @@ pub fn shutdown_write(fd: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::shutdown(fd.as_raw_fd(), libc::SHUT_WR) })
 }
 
+/// Resets the connection now: what it has not sent yet is thrown away, and the peer is told at once.
+pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // connect(2) to no address is how TCP is told to disconnect.
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: reads as many bytes as a live sockaddr has.
+    check(unsafe { libc::connect(fd.as_raw_fd(), &raw const nowhere, size_of_val(&nowhere) as libc::socklen_t) })
+}
+
 /// Ends both directions of the socket with this number at once. Operations waiting on it, in a ring too, complete, and the
 /// peer sees the end. Never for a listener: it would reset every connection in its queue.
 ///

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ringleader::{Body, Files, HttpLimits, Request, Response, Stop, service_fn};
 
@@ -492,4 +492,29 @@ fn the_command_sends_a_large_file_by_sendfile() {
     let server = spawn(&strace, &["--executors", "1", "--root", &directory.0.display().to_string()]);
     assert!(server.connect().get("/f").body == content);
     eventually("the trace shows it", || fs::read_to_string(&trace).is_ok_and(|trace| trace.contains("sendfile(")));
+}
+
+#[test]
+fn a_client_that_does_not_read_a_file_is_reset_and_one_that_reads_slowly_is_not() {
+    const LENGTH: usize = 64 << 20;
+    let directory = Directory::new();
+    directory.file("large", LENGTH);
+    let mut limits = HttpLimits::default();
+    limits.send_timeout = Some(Duration::from_secs(3));
+    let site = directory.site_with(limits);
+    let (mut idle, mut slow) = (site.connect(), site.connect());
+    idle.ask("/large");
+    slow.ask("/large");
+    // Time must pass here, for a client that reads at an even pace: longer than the limit in all.
+    let (begun, pace) = (Instant::now(), Duration::from_millis(4500).as_secs_f64() / LENGTH as f64);
+    let mut received = 0;
+    while received < LENGTH {
+        let bytes = slow.some().expect("it goes on");
+        assert!(!bytes.is_empty(), "the connection ended after {received} bytes");
+        received += bytes.len();
+        let due = Duration::from_secs_f64(received as f64 * pace);
+        std::thread::sleep(due.saturating_sub(begun.elapsed()));
+    }
+    assert_eq!(idle.outlast().kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(site.stats().executors[0].timed_out, 1);
 }

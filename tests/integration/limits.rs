@@ -207,6 +207,46 @@ fn a_body_that_stalls_is_answered_with_408() {
 }
 
 #[test]
+fn a_client_that_does_not_read_its_answer_is_reset() {
+    const ENOUGH: usize = 64 << 20;
+    let mut limits = HttpLimits::default();
+    limits.send_timeout = Some(SHORT);
+    // They would close it too, and are not to.
+    limits.idle_timeout = None;
+    let site = Site::start(local(1).http_limits(limits).serve(async |_| {
+        Ok(service_fn(async |request: Request| {
+            Ok(Response::new(match request.uri().path() {
+                "/whole" => Body::from(vec![b'x'; ENOUGH]),
+                "/pieces" => Body::new(Pieces),
+                _ => Body::from("small"),
+            }))
+        }))
+    }));
+    for (count, path) in (1..).zip(["/whole", "/pieces"]) {
+        let mut client = site.connect();
+        client.ask(path);
+        eventually("it is counted", || timed_out(&site) == count);
+        assert_eq!(client.outlast().kind(), std::io::ErrorKind::ConnectionReset, "{path}");
+    }
+    assert_eq!(site.connect().get("/").text(), "small");
+}
+
+/// A body without an end.
+struct Pieces;
+
+impl http_body::Body for Pieces {
+    type Data = bytes::Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<bytes::Bytes>, Self::Error>>> {
+        std::task::Poll::Ready(Some(Ok(http_body::Frame::data(bytes::Bytes::from_static(&[b'x'; 4096])))))
+    }
+}
+
+#[test]
 fn a_malformed_chunk_is_answered_with_400() {
     let site = Site::serving(collect);
     let mut client = site.connect();

@@ -140,6 +140,17 @@ impl Client {
         Ok(std::mem::take(&mut self.input))
     }
 
+    /// Reads and throws away until the connection ends; how it does.
+    pub fn outlast(&mut self) -> io::Error {
+        loop {
+            match self.some() {
+                Ok(bytes) if bytes.is_empty() => return io::ErrorKind::UnexpectedEof.into(),
+                Ok(_) => {}
+                Err(error) => return error,
+            }
+        }
+    }
+
     /// The server closes or resets the connection, and sends nothing before it does.
     #[track_caller]
     pub fn expect_end(&mut self) {
