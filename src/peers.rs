@@ -77,9 +77,10 @@ impl Peers {
     }
 
     /// Runs `message` on the executor in `to`, and brings its answer back. A panic in it costs nothing but the answer.
-    pub fn call<R, F>(&self, to: SlotId, message: F) -> Call<R>
+    pub fn call<R, F, Fut>(&self, to: SlotId, message: F) -> Call<R>
     where
-        F: AsyncFnOnce(Shard) -> R + Send + 'static,
+        F: FnOnce(Shard) -> Fut + Send + 'static,
+        Fut: Future<Output = R> + 'static,
         R: Send + 'static,
     {
         let (promise, call) = Call::new();
@@ -110,9 +111,10 @@ impl fmt::Debug for Peers {
 }
 
 /// On the receiving executor: begins a call, and keeps it as a task if it has to wait.
-fn begin<R, F>(core: &Rc<Core>, promise: Promise<R>, message: F)
+fn begin<R, F, Fut>(core: &Rc<Core>, promise: Promise<R>, message: F)
 where
-    F: AsyncFnOnce(Shard) -> R + 'static,
+    F: FnOnce(Shard) -> Fut + 'static,
+    Fut: Future<Output = R> + 'static,
     R: Send + 'static,
 {
     let answer: Arc<dyn Outstanding> = promise.answer().clone();
@@ -197,9 +199,10 @@ impl<T: 'static> Sharded<T> {
     }
 
     /// Runs `message` with the `T` of the executor in `to`, and brings its answer back.
-    pub fn call<R, F>(&self, to: SlotId, message: F) -> Call<R>
+    pub fn call<R, F, Fut>(&self, to: SlotId, message: F) -> Call<R>
     where
-        F: AsyncFnOnce(Rc<T>) -> R + Send + 'static,
+        F: FnOnce(Rc<T>) -> Fut + Send + 'static,
+        Fut: Future<Output = R> + 'static,
         R: Send + 'static,
     {
         let token = self.clone();
@@ -208,15 +211,13 @@ impl<T: 'static> Sharded<T> {
 
     /// The same on the executor of every slot in use ([`Peers::iter`]), with an outcome for each. The messages have been
     /// sent when this returns; the call itself does not fail.
-    pub fn call_all<R, F>(&self, message: F) -> Call<Vec<(SlotId, Result<R, PeerError>)>>
+    pub fn call_all<R, F, Fut>(&self, message: F) -> Call<Vec<(SlotId, Result<R, PeerError>)>>
     where
-        F: AsyncFn(Rc<T>) -> R + Clone + Send + 'static,
+        F: FnOnce(Rc<T>) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = R> + 'static,
         R: Send + 'static,
     {
-        let one = |slot| {
-            let message = message.clone();
-            (slot, self.call(slot, async move |state| message(state).await))
-        };
+        let one = |slot| (slot, self.call(slot, message.clone()));
         let calls: Vec<_> = self.peers().iter().map(one).collect();
         Call::joint(async move {
             let mut outcomes = Vec::with_capacity(calls.len());

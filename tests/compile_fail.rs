@@ -1,5 +1,6 @@
 //! Programs that must not compile, and what the compiler says of them: a wrong program has to tell its author what is
-//! wrong in words of this crate, not in a list of trait bounds. And programs that must.
+//! wrong in words of this crate, not in a list of trait bounds. And programs that must, and that are run: each starts what
+//! it shows, asks it, and panics or fails if the answer is not what it should be.
 //!
 //! Each file of `tests/compile/fail` begins with lines `//! says: TEXT`. The first text is part of the first error, the
 //! others are anywhere in what the compiler prints. Whole outputs, as `trybuild` compares them, differ from one compiler
@@ -21,7 +22,7 @@ impl Compiler {
         let mut cargo = Command::new(env!("CARGO"));
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         cargo.args(["test", "--no-run", "--offline", "--quiet", "--message-format=json", "--test", "compile_fail"]);
-        cargo.args(["--features", if cfg!(feature = "tokio") { "axum,tokio" } else { "axum" }]);
+        cargo.args(["--features", "axum,tokio"]);
         if !cfg!(debug_assertions) {
             cargo.arg("--release");
         }
@@ -36,7 +37,7 @@ impl Compiler {
                     directories.push(directory.display().to_string());
                 }
                 let name = message["target"]["name"].as_str().unwrap_or_default().replace('-', "_");
-                let is_ours = ["ringleader", "axum", "hyper", "tower_service"].contains(&&*name);
+                let is_ours = ["ringleader", "axum", "bytes", "hyper", "tokio", "tower_service"].contains(&&*name);
                 if is_ours && file.ends_with(".rlib") {
                     arguments.extend(["--extern".to_owned(), format!("{name}={file}")]);
                 }
@@ -50,11 +51,24 @@ impl Compiler {
         Self { arguments, out: PathBuf::from(env!("CARGO_TARGET_TMPDIR")) }
     }
 
-    fn compile(&self, program: &Path) -> Output {
+    fn compile(&self, program: &Path, kind: &[&str]) -> Output {
         let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
-        rustc.args(["--edition", "2024", "--crate-type", "lib", "--emit", "metadata", "--cap-lints", "allow"]);
-        rustc.args(["--color", "never"]).arg("--out-dir").arg(&self.out).args(&self.arguments).arg(program);
+        rustc.args(["--edition", "2024", "--cap-lints", "allow", "--color", "never"]).args(kind);
+        rustc.arg("--out-dir").arg(&self.out).args(&self.arguments).arg(program);
         rustc.output().expect("rustc can be started")
+    }
+
+    /// Only looks whether a program is right.
+    fn check(&self, program: &Path) -> Output {
+        self.compile(program, &["--crate-type", "lib", "--emit", "metadata"])
+    }
+
+    /// Compiles a program that has a `main`; where it is then.
+    fn build(&self, program: &Path) -> Result<PathBuf, String> {
+        // Their debugging information is most of a linker's work.
+        let output = self.compile(program, &["--crate-type", "bin", "-C", "strip=debuginfo"]);
+        let printed = String::from_utf8_lossy(&output.stderr);
+        output.status.success().then(|| self.out.join(program.file_stem().unwrap_or_default())).ok_or(printed.into())
     }
 }
 
@@ -72,7 +86,7 @@ fn complaint(program: &Path, compiler: &Compiler) -> Option<String> {
     let text = fs::read_to_string(program).expect("it is readable");
     let mut says = text.lines().filter_map(|line| line.strip_prefix("//! says: "));
     let first = says.next().expect("each program says what is said of it");
-    let output = compiler.compile(program);
+    let output = compiler.check(program);
     let printed = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
         return Some("it compiles".to_owned());
@@ -97,10 +111,14 @@ fn wrong_programs_fail_with_words_that_help() {
 }
 
 #[test]
-fn right_programs_compile() {
+fn right_programs_compile_and_do_what_they_say() {
     let compiler = Compiler::new();
     for program in programs("pass") {
-        let output = compiler.compile(&program);
-        assert!(output.status.success(), "{}: {}", program.display(), String::from_utf8_lossy(&output.stderr));
+        let binary = compiler.build(&program).unwrap_or_else(|printed| panic!("{}: {printed}", program.display()));
+        // What hangs in it fails by itself: the test client and `App` wait for 30 s at most.
+        let output = Command::new(&binary).output().expect("what was built can be started");
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {}\n{printed}", program.display(), output.status);
+        fs::remove_file(&binary).expect("it is there");
     }
 }

@@ -1,4 +1,4 @@
-//! The request of an async closure is named, if its fields are used.
+//! The request of an async closure is named, if its fields are used and the closure is not written where it is passed.
 //!
 //! says: type annotations needed
 

@@ -1,15 +1,17 @@
 //! Functions in place of closures.
 
-use ringleader::{Body, BoxError, Request, Response, Server, Service, Shard, service_fn};
+use ringleader::test::App;
+use ringleader::{Body, BoxError, Request, Response, Service, Shard, service_fn};
 
 async fn start(_: Shard) -> Result<impl Service, BoxError> {
     Ok(service_fn(answer))
 }
 
-async fn answer(_: Request) -> Result<Response, BoxError> {
-    Ok(Response::new(Body::empty()))
+async fn answer(request: Request) -> Result<Response, BoxError> {
+    Ok(Response::new(Body::from(request.uri().path().to_owned())))
 }
 
-pub fn program() -> Server {
-    Server::builder().serve(start)
+fn main() -> Result<(), BoxError> {
+    assert_eq!(App::start(start)?.get("/path")?.body(), "/path");
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! The trait by hand.
 
-use ringleader::{Body, BoxError, Request, Response, Server, Service, Shard};
+use ringleader::test::App;
+use ringleader::{Body, BoxError, Request, Response, Service, Shard};
 use std::cell::Cell;
 
 struct Application(Cell<u8>);
@@ -9,11 +10,14 @@ impl Service for Application {
     type Body = Body;
 
     async fn call(&self, _: Request) -> Result<Response, BoxError> {
-        self.0.set(1);
-        Ok(Response::new(Body::empty()))
+        self.0.set(self.0.get() + 1);
+        Ok(Response::new(Body::from(self.0.get().to_string())))
     }
 }
 
-pub fn program() -> Server {
-    Server::builder().serve(async |_: Shard| Ok(Application(Cell::new(0))))
+fn main() -> Result<(), BoxError> {
+    let app = App::start(async |_: Shard| Ok(Application(Cell::new(0))))?;
+    app.get("/")?;
+    assert_eq!(app.get("/")?.body(), "2");
+    Ok(())
 }

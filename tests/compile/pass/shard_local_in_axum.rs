@@ -2,12 +2,13 @@
 
 use axum::extract::State;
 use axum::{Router, routing::get};
-use ringleader::{Shard, ShardLocal};
+use ringleader::test::App;
+use ringleader::{BoxError, Shard, ShardLocal};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-pub struct Application {
+struct Application {
     shard: Shard,
     count: RefCell<u8>,
 }
@@ -28,6 +29,13 @@ async fn long(State(application): State<ShardLocal<Application>>) -> String {
     application.run(work).await
 }
 
-pub fn program(application: ShardLocal<Application>) -> ringleader::Axum {
-    ringleader::axum(Router::new().route("/", get(short)).route("/long", get(long)).with_state(application))
+fn main() -> Result<(), BoxError> {
+    let app = App::start(async |shard: Shard| {
+        let application = shard.local(Application { shard: shard.clone(), count: RefCell::new(0) });
+        let router = Router::new().route("/short", get(short)).route("/long", get(long));
+        Ok(ringleader::axum(router.with_state(application)))
+    })?;
+    assert_eq!(app.get("/short")?.body(), "1");
+    assert_eq!(app.get("/long")?.body(), "1");
+    Ok(())
 }

@@ -1,22 +1,21 @@
 //! A server is started and stopped from futures that move between threads.
 
-use ringleader::{Error, Running, Server, Stop};
+use ringleader::{Body, BoxError, Error, Exit, Response, Server, Stop, service_fn};
 
-async fn start_and_stop(server: Server) -> Result<(), Error> {
+fn server() -> Server {
+    let builder = Server::builder().listen("127.0.0.1:0").executors(1);
+    builder.serve(async |_| Ok(service_fn(async |_| Ok(Response::new(Body::empty())))))
+}
+
+async fn start_and_stop(server: Server) -> Result<Exit, Error> {
     let running = server.start().await?;
-    let handle = running.handle();
-    std::thread::spawn(move || handle.scale(4).wait());
-    running.stop(Stop::Now).await.map(drop)
+    running.stop(Stop::Now).await
 }
 
-async fn two(one: Server, other: Server) -> Result<(Running, Running), Error> {
-    let (one, other) = (one.start(), other.start());
-    Ok((one.await?, other.await?))
-}
-
-fn send<T: Send>(_: T) {}
-
-pub fn program(one: Server, other: Server, third: Server) {
-    send(start_and_stop(one));
-    send(two(other, third));
+fn main() -> Result<(), BoxError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build()?;
+    // `spawn` demands that it is `Send`.
+    let exit = runtime.block_on(runtime.spawn(start_and_stop(server())))??;
+    assert_eq!((exit.failed, exit.abandoned), (0, 0));
+    Ok(())
 }
