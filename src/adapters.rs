@@ -117,6 +117,10 @@ pub struct Axum(Tower<axum::Router>);
 /// - A tokio runtime: what calls tokio (server-sent events with keep-alive, timeouts of tower-http, database drivers) needs
 ///   `Builder::tokio`, feature `tokio`.
 ///
+/// What this server bounds and axum's own does not ([`HttpLimits`](crate::HttpLimits)) comes first. A body of more than 1 MiB
+/// does not get as far as axum's limit of 2 MB: one that announces its length is answered 413, one that does not fails in
+/// the middle, which axum's extractors answer 400. With `body_bytes_max` of [`u64::MAX`] it is axum's alone.
+///
 /// ```
 /// use axum::{Router, routing::get};
 /// use ringleader::Server;

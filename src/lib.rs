@@ -154,7 +154,7 @@
 //! what nobody reads costs 192 KiB at most, then TCP holds it back.
 //!
 //! # Examples, by question
-//! In the repository's `examples/`, one file each:
+//! In the repository's `examples/`:
 //!
 //! | | |
 //! |---|---|
@@ -166,6 +166,8 @@
 //! | How do I run something beside the requests? Timers and timeouts? | `background` |
 //! | How do I call what blocks, or compute for long? | `blocking` |
 //! | How do I run a server inside my tokio program, and stop it gracefully? | `in_tokio` |
+//! | How do I serve my axum application, with all it needs of tokio? | `axum_app` |
+//! | How do I use what needs tokio, such as a database driver or an HTTP client, in a handler? | `tokio_client` |
 //! | What does a panic cost, and how do I change that? | `panics` |
 //! | How do I change the number of executors, and see what they do? | `scaling` |
 //! | How do I test what I built on this? | `testing` |

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use axum::body::Bytes;
 use axum::extract::{Path, Query, Request, State, WebSocketUpgrade};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use ringleader::HttpLimits;
 use serde::{Deserialize, Serialize};
 
 use crate::support::{Client, Site, local};
@@ -114,6 +116,35 @@ fn refusals_are_axums_own() {
     assert_eq!(client.get("/nowhere").status, 404);
     client.send("DELETE /books HTTP/1.1\r\nhost: test\r\n\r\n");
     assert_eq!(client.answer().status, 405);
+}
+
+#[test]
+fn the_servers_limit_on_bodies_comes_before_axums() {
+    let announced = |bytes: usize| format!("POST /books HTTP/1.1\r\nhost: test\r\ncontent-length: {bytes}\r\n\r\n");
+    let in_one_chunk = |bytes: usize| {
+        let head = "POST /read HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n";
+        format!("{head}{bytes:x}\r\n{}\r\n0\r\n\r\n", "x".repeat(bytes))
+    };
+    let serving = |body_bytes_max| {
+        let mut limits = HttpLimits::default();
+        limits.body_bytes_max = body_bytes_max;
+        let router = Router::new().route("/read", post(async |bytes: Bytes| bytes.len().to_string()));
+        let router = router.route("/books", post(async |_: Bytes| ()));
+        Site::start(local(1).http_limits(limits).serve(async move |_| Ok(ringleader::axum(router.clone()))))
+    };
+    let status = |site: &Site, request: String| {
+        let mut client = site.connect();
+        client.send(request);
+        client.answer().status
+    };
+    let short = serving(100);
+    assert_eq!(status(&short, in_one_chunk(100)), 200);
+    assert_eq!(status(&short, in_one_chunk(101)), 400);
+    assert_eq!(status(&short, announced(101)), 413);
+    // axum's is 2 MB.
+    let axums = serving(u64::MAX);
+    assert_eq!(status(&axums, in_one_chunk(1_100_000)), 200);
+    assert_eq!(status(&axums, announced(2_200_000)), 413);
 }
 
 #[test]

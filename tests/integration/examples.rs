@@ -146,6 +146,37 @@ fn sharded_kv_keeps_values_wherever_they_come_in() {
     example.end();
 }
 
+#[cfg(all(feature = "axum", feature = "tokio"))]
+#[test]
+fn axum_app_keeps_packets_of_seeds() {
+    let example = start("axum_app", 10, &[]);
+    let mut client = Client::connect(example.address);
+    let json = r#"{"name":"Beet","grams":20}"#;
+    client.send(format!(
+        "POST /packets HTTP/1.1\r\nhost: test\r\nauthorization: Bearer spade\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n{json}",
+        json.len()
+    ));
+    assert_eq!(client.answer().status, 201);
+    assert_eq!(example.get("/packets/1"), r#"{"id":1,"version":1,"name":"Beet","grams":20}"#);
+    assert_eq!(example.get("/demanding/report"), "the sum is 66\n");
+    drop(client);
+    example.end();
+}
+
+#[cfg(feature = "tokio")]
+#[test]
+fn tokio_client_passes_requests_and_their_bodies_on() {
+    let example = start("tokio_client", 11, &[]);
+    assert_eq!(example.get("/hello"), "upstream was asked for /hello\n");
+    let mut client = Client::connect(example.address);
+    let body = "seed".repeat(50_000);
+    client.send(format!("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+    assert_eq!(client.answer().text(), body);
+    drop(client);
+    example.end();
+}
+
 #[test]
 fn scaling_follows_orders() {
     let example = start("scaling", 8, &[]);

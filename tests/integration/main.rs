@@ -2,6 +2,8 @@
 //! One binary, a module for each kind of behaviour.
 
 mod adapters;
+#[cfg(all(feature = "axum", feature = "tokio"))]
+mod axum_application;
 #[cfg(feature = "axum")]
 mod axum_router;
 mod blocking;
