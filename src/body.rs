@@ -263,10 +263,16 @@ impl Upload {
     }
 
     /// Nothing has arrived: bounds the wait. The timer is made at the first wait only.
+    ///
+    /// A body may be read wherever it was sent, such as by a task of tokio's; timers are an executor's. Where there is none
+    /// the wait has no bound.
     fn poll_timeout(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(limit) = self.timeout else { return Poll::Pending };
-        let waiting = self.waiting.get_or_insert_with(|| Sleep::new(limit));
-        match Pin::new(waiting).poll(context) {
+        let waiting = self.waiting.take().filter(Sleep::is_at_home).unwrap_or_else(|| Sleep::new(limit));
+        if !waiting.is_at_home() {
+            return Poll::Pending;
+        }
+        match Pin::new(self.waiting.insert(waiting)).poll(context) {
             Poll::Ready(()) => Poll::Ready(Some(Err(BodyError(BodyErrorKind::TimedOut { limit })))),
             Poll::Pending => Poll::Pending,
         }

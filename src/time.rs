@@ -32,6 +32,11 @@ impl Sleep {
         Self { home: Core::current().map_or(0, |core| core.serial), deadline, timer: None, done: false }
     }
 
+    /// Whether this thread is its executor's, in the generation it was made in: where it may be polled.
+    pub(crate) fn is_at_home(&self) -> bool {
+        self.home != 0 && self.home == Core::serial_here()
+    }
+
     /// Whether it waits on the wheel and need not be polled before its deadline, if its task has not changed.
     pub(crate) fn is_waiting(&self, now: Instant) -> bool {
         self.timer.is_some() && now < self.deadline

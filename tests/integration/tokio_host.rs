@@ -1,9 +1,13 @@
 //! A tokio runtime that the server is embedded in, found by services.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::mpsc;
+use std::task::Poll;
 use std::thread;
 use std::time::Duration;
 
+use http_body::Body as _;
 use ringleader::{Body, BoxError, Request, Response, Server, Shard, Stop, service_fn};
 use tokio::runtime::{Builder, Handle, Runtime};
 
@@ -85,6 +89,31 @@ fn what_a_generation_leaves_behind_finds_tokio_as_it_is_dropped() {
     }));
     drop(site);
     assert_eq!([goodbyes.recv_timeout(BOUND), goodbyes.recv_timeout(BOUND)], [Ok(true), Ok(true)]);
+}
+
+#[test]
+fn a_request_body_is_read_by_a_task_of_the_runtimes() {
+    let (runtime, (sender, begun)) = (runtime(), mpsc::channel());
+    let site = Site::start(local(1).tokio(runtime.handle().clone()).serve(async move |_| {
+        let sender = sender.clone();
+        Ok(service_fn(async move |request: Request| {
+            let (mut body, sender) = (request.into_body(), sender.clone());
+            // Looked for once here, where it waits with a time limit, and then there.
+            let looked = poll_fn(|context| Poll::Ready(Pin::new(&mut body).poll_frame(context).is_pending())).await;
+            let reader = tokio::spawn(async move {
+                let _ = sender.send(looked);
+                body.collect(1 << 20).await
+            });
+            Ok(Response::new(Body::from(reader.await??)))
+        }))
+    }));
+    let mut client = site.connect();
+    for piece in ["a", "few", "pieces"].map(|word| word.repeat(30_000)) {
+        client.send(format!("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n\r\n", piece.len()));
+        assert_eq!(begun.recv_timeout(BOUND), Ok(true));
+        client.send(&piece);
+        assert_eq!(client.answer().text(), piece);
+    }
 }
 
 #[test]
