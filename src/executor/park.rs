@@ -10,7 +10,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker, ready};
 use std::time::{Duration, Instant};
 
 use glommio::io::BufferedFile;
@@ -149,6 +151,25 @@ struct Doorbell {
     file: Rc<BufferedFile>,
     /// A read in flight, kept over waits: dropping it would cancel it.
     read: Option<Read>,
+    notice: Option<Arc<Notice>>,
+}
+
+/// Whether a read is to be polled. glommio 0.9 keeps the waker of every poll until the read is done, and a read may never
+/// be: at 32,767 of them, two hours of an idle executor, it would panic.
+struct Notice {
+    due: AtomicBool,
+    waker: Waker,
+}
+
+impl Wake for Notice {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.due.store(true, Ordering::Release);
+        self.waker.wake_by_ref();
+    }
 }
 
 impl Doorbell {
@@ -156,11 +177,21 @@ impl Doorbell {
     fn new(fd: OwnedFd) -> Self {
         // SAFETY: the descriptor is ours and open, and is given to the file, which closes it.
         let file = unsafe { BufferedFile::from_raw_fd(fd.into_raw_fd()) };
-        Self { file: Rc::new(file), read: None }
+        Self { file: Rc::new(file), read: None, notice: None }
     }
 
     /// Ready when the eventfd has been signalled, or the alarm has gone off, since the last time.
     fn poll_rung(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let waker = context.waker();
+        let notice = match self.notice.take().filter(|notice| notice.waker.will_wake(waker)) {
+            Some(notice) => notice,
+            None => Arc::new(Notice { due: AtomicBool::new(true), waker: waker.clone() }),
+        };
+        let notice = self.notice.insert(notice);
+        if !notice.due.swap(false, Ordering::Acquire) && self.read.is_some() {
+            return Poll::Pending;
+        }
+        let waker = Waker::from(Arc::clone(notice));
         let read = self.read.get_or_insert_with(|| {
             let file = Rc::clone(&self.file);
             Box::pin(async move {
@@ -168,7 +199,7 @@ impl Doorbell {
                 let _ = file.read_at(0, 8).await;
             })
         });
-        ready!(read.as_mut().poll(context));
+        ready!(read.as_mut().poll(&mut Context::from_waker(&waker)));
         self.read = None;
         Poll::Ready(())
     }
@@ -238,6 +269,17 @@ mod tests {
             let begun = Instant::now();
             park.wait(5 * SHORT, nobody).await;
             assert!(begun.elapsed() >= 5 * SHORT);
+        });
+    }
+
+    /// As the inbox of an idle executor, and as the guard of a busy one.
+    #[test]
+    fn a_bell_that_is_never_rung_may_be_waited_for_without_end() {
+        parked(CALM, async |park, _| {
+            for _ in 0..40_000 {
+                park.wait(LONG, |_| Poll::Ready(())).await;
+            }
+            park.hand_over().await;
         });
     }
 
