@@ -73,6 +73,8 @@
 //! A hyper service ([`hyper`](fn@hyper)), a tower service with its layers ([`tower`](fn@tower)) and an axum router (`axum`)
 //! can be served, too. Features, none of them by default:
 //! - `axum`: the function of that name. axum's WebSockets are answered 501.
+//! - `glommio`: `Shard::task_queue`, for work that is to have its share of an executor's time and no more; and the module
+//!   `glommio`, which is glommio 0.9.
 //! - `tokio`: `Builder::tokio`, with which `tokio::time`, `tokio::spawn` and what needs them work in handlers.
 //!
 //! # Starting and stopping
@@ -124,8 +126,9 @@
 //! | too much to do | nothing by default; requests refused with 503 | [`Builder::overload`] |
 //! | a new binary | nothing: it takes over the listeners and this one drains | [`Handle::upgrade`], [`Builder::upgrade_on_signal`] |
 //!
-//! - A panic on a task queue of glommio's (for those who use glommio by themselves) ends the generation and its thread;
-//!   what waited on such queues is lost without being dropped. A future's `Drop` that panics there ends the process.
+//! - A panic of a task that was given to glommio directly (`glommio::spawn_local`, by those who name glommio) ends the
+//!   generation and its thread; what waited on glommio's queues is lost without being dropped. A future's `Drop` that panics
+//!   there ends the process. `Shard::task_queue` (feature `glommio`) has queues without these risks.
 //! - [`install_panic_hook`] puts the place of each panic into the log.
 //! - With `panic = "abort"`, and for a stack overflow, a double panic or a segmentation fault, there is no containment:
 //!   the process ends.
@@ -164,6 +167,7 @@
 //! | How do I serve files? | `static_files` |
 //! | How do I run two servers in one process, stop them by hand, read their counters? | `two_servers` |
 //! | How do I run something beside the requests? Timers and timeouts? | `background` |
+//! | How do I keep work on the side from slowing requests down? | `task_queues` |
 //! | How do I call what blocks, or compute for long? | `blocking` |
 //! | How do I run a server inside my tokio program, and stop it gracefully? | `in_tokio` |
 //! | How do I serve my axum application, with all it needs of tokio? | `axum_app` |
@@ -209,10 +213,14 @@ mod steering;
 mod supervisor;
 mod sys;
 mod systemd;
+#[cfg(feature = "glommio")]
+mod task_queue;
 pub mod test;
 mod time;
 mod upgrade;
 
+#[cfg(feature = "glommio")]
+pub use ::glommio;
 #[cfg(feature = "axum")]
 pub use adapters::{Axum, axum};
 pub use adapters::{Hyper, Tower, hyper, tower};
@@ -230,9 +238,23 @@ pub use settings::{Escalation, HttpLimits, Overload, PanicPolicy};
 pub use shard::{Blocking, Draining, Shard, SlotId, Task, TaskError};
 pub use shard_local::ShardLocal;
 pub use supervisor::policy::{HangPolicy, Scaling};
+#[cfg(feature = "glommio")]
+pub use task_queue::TaskQueue;
 pub use time::{Elapsed, Sleep, Timeout};
 
 /// An error of a user's.
+///
+/// ```
+/// use ringleader::{BoxError, Reject, StatusCode};
+///
+/// /// `?` takes any error, and one that knows its status is answered with it.
+/// fn number(text: &str) -> Result<u32, BoxError> {
+///     if text.is_empty() {
+///         return Err(Reject::new(StatusCode::BAD_REQUEST, "a number is missing").into());
+///     }
+///     Ok(text.parse()?)
+/// }
+/// ```
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// A request; its head is [`http::Request`]'s.
 pub type Request<B = Body> = http::Request<B>;
@@ -241,6 +263,10 @@ pub type Response<B = Body> = http::Response<B>;
 
 /// Raises this process's limits on open files and locked memory as far as it may, for a program that is a server and
 /// nothing else. The library never does so by itself.
+///
+/// ```
+/// ringleader::raise_limits(); // in `main`, before the server is started
+/// ```
 pub fn raise_limits() {
     if let Err(error) = sys::limits::raise_nofile() {
         tracing::warn!(%error, "the limit on open files stays as it is");
@@ -254,6 +280,14 @@ pub fn raise_limits() {
 ///
 /// # Errors
 /// A sentence that says what is wrong with it.
+///
+/// ```
+/// let cpus = ringleader::parse_cpu_list("0-2,8")?;
+/// assert_eq!(cpus, [0, 1, 2, 8]);
+/// let builder = ringleader::Server::builder().cpus(cpus);
+/// # drop(builder);
+/// # Ok::<(), String>(())
+/// ```
 pub fn parse_cpu_list(text: &str) -> Result<Vec<usize>, String> {
     sys::affinity::parse_cpu_list(text)
 }

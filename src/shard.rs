@@ -11,13 +11,23 @@ use std::time::Duration;
 use crate::BoxError;
 use crate::blocking::{Lost, Ticket};
 use crate::executor::core::{Core, Failure, Scene};
-use crate::executor::tasks::OnPanic;
+use crate::executor::tasks::{LocalFuture, OnPanic};
 use crate::handle::{ExecutorState, ExecutorStats};
 use crate::protocol::answer::Contained;
 use crate::shard_local::ShardLocal;
+#[cfg(feature = "glommio")]
+use crate::task_queue::TaskQueue;
 use crate::time::{Sleep, Timeout};
 
 /// A slot's number: 0 to the number of slots less one, for the life of the server.
+///
+/// ```
+/// use ringleader::{Shard, Stats};
+///
+/// fn requests_here(shard: &Shard, stats: &Stats) -> u64 {
+///     stats.executors[shard.id().index()].requests
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(pub(crate) u16);
 
@@ -37,6 +47,18 @@ impl fmt::Display for SlotId {
 
 /// This executor: identity, timers, tasks. Given to the start-up closure; clone it into whatever needs it. It is bound
 /// to its thread (neither `Send` nor `Sync`) and to one generation.
+///
+/// ```
+/// use ringleader::{Body, Request, Response, Server, Shard, service_fn};
+///
+/// let server = Server::builder().listen("127.0.0.1:0").serve(async |shard: Shard| {
+///     println!("executor {} on CPU {}, generation {}", shard.id(), shard.cpu(), shard.generation());
+///     Ok(service_fn(async move |_: Request| {
+///         Ok(Response::new(Body::from(format!("{} connections are open here\n", shard.stats().open))))
+///     }))
+/// });
+/// # drop(server);
+/// ```
 #[derive(Clone)]
 pub struct Shard {
     core: Rc<Core>,
@@ -79,27 +101,54 @@ impl Shard {
     /// becomes the task's error. Dropping the [`Task`] lets it run on.
     ///
     /// It lives as long as the generation at most.
+    ///
+    /// ```
+    /// use ringleader::{Shard, TaskError};
+    ///
+    /// async fn both(shard: &Shard) -> Result<u32, TaskError> {
+    ///     let (one, other) = (shard.spawn(async { 20 }), shard.spawn(async { 22 }));
+    ///     Ok(one.await? + other.await?)
+    /// }
+    /// ```
     pub fn spawn<F: Future + 'static>(&self, future: F) -> Task<F::Output> {
-        let task = Rc::new(RefCell::new(Join::Running(None)));
-        let (join, core) = (Rc::clone(&task), Rc::clone(&self.core));
-        let future = async move {
-            let outcome = Contained::new(future).await.map_err(|panic| {
-                let error = TaskError(Lost::Panicked(panic.message.clone()));
-                core.contained(Scene::SpawnedTask, panic);
-                error
-            });
-            let waker = match std::mem::replace(&mut *join.borrow_mut(), Join::Done(Some(outcome))) {
-                Join::Running(waker) => waker,
-                Join::Done(_) => None,
-            };
-            waker.into_iter().for_each(Waker::wake);
-        };
-        self.core.spawn(Box::pin(future), OnPanic::Contain);
-        Task(task)
+        let (task, future) = joined(&self.core, future);
+        self.core.spawn(future, OnPanic::Contain);
+        task
+    }
+
+    /// The task queue of this executor with this name and so many shares of its thread's time; it is made when there is
+    /// none yet. Feature `glommio`. See [`TaskQueue`].
+    ///
+    /// Shares are 1 to 1000. Everything else on the executor (connections, spawned tasks) has 1000 together. So a queue with
+    /// 100 gets one eleventh of the time while both have work, and all of it while nothing else has.
+    ///
+    /// # Errors
+    /// When `shares` is out of range, or when the executor has 64 queues already: they are never given back while its
+    /// thread lives.
+    #[cfg(feature = "glommio")]
+    pub fn task_queue(&self, name: &str, shares: usize) -> Result<TaskQueue, crate::Error> {
+        TaskQueue::of(&self.core, name, shares)
     }
 
     /// Runs a future that this executor cannot do without: when it fails or panics the executor is restarted. It may
     /// end with `Ok`.
+    ///
+    /// ```
+    /// use std::{cell::RefCell, rc::Rc, time::Duration};
+    /// use ringleader::{BoxError, Shard};
+    ///
+    /// /// Keeps a copy of a file in memory; the service restarts with a fresh one if it cannot be read.
+    /// fn keep_up_to_date(shard: &Shard, copy: Rc<RefCell<String>>) {
+    ///     let clock = shard.clone();
+    ///     shard.background("hosts", async move {
+    ///         loop {
+    ///             let fresh = clock.spawn_blocking(|| std::fs::read_to_string("/etc/hosts")).await??;
+    ///             copy.replace(fresh);
+    ///             clock.sleep(Duration::from_secs(10)).await;
+    ///         }
+    ///     });
+    /// }
+    /// ```
     pub fn background<F>(&self, name: &'static str, future: F)
     where
         F: Future<Output = Result<(), BoxError>> + 'static,
@@ -131,7 +180,8 @@ impl Shard {
     /// ```
     /// use ringleader::{Body, Request, Response, Server, Shard, service_fn};
     ///
-    /// let server = Server::builder().listen("127.0.0.1:0").blocking_threads_max(8).serve(async |shard: Shard| {
+    /// let builder = Server::builder().listen("127.0.0.1:0").blocking_threads_max(8).blocking_queue_max(100);
+    /// let server = builder.serve(async |shard: Shard| {
     ///     Ok(service_fn(async move |_: Request| {
     ///         // A cold disk takes its time.
     ///         let name = shard.spawn_blocking(|| std::fs::read_to_string("/etc/hostname")).await??;
@@ -150,22 +200,72 @@ impl Shard {
 
     /// Wraps a value of this executor in a handle that is `Send`, for frameworks that demand it: see [`ShardLocal`].
     /// Where nothing demands it, capture the value, or use an `Rc`.
+    ///
+    /// ```
+    /// use std::cell::Cell;
+    /// use ringleader::{Shard, ShardLocal};
+    ///
+    /// /// `Clone` and `Send`, as axum demands of a state, although a `Cell` is not shared between threads.
+    /// fn state(shard: &Shard) -> ShardLocal<Cell<u64>> {
+    ///     shard.local(Cell::new(0))
+    /// }
+    /// ```
     #[must_use]
     pub fn local<T: 'static>(&self, value: T) -> ShardLocal<T> {
         ShardLocal::new(&self.core, value)
     }
 
     /// Completes after `duration`, rounded up to a millisecond.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # async fn example(shard: &ringleader::Shard) {
+    /// shard.sleep(Duration::from_millis(20)).await;
+    /// # }
+    /// ```
     pub fn sleep(&self, duration: Duration) -> Sleep {
         Sleep::new(duration)
     }
 
     /// Drops `future` when it is not done within `limit`.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::{Body, BoxError, Reject, Request, Response, Shard, StatusCode};
+    ///
+    /// async fn answer(shard: &Shard, request: Request) -> Result<Response, BoxError> {
+    ///     let slow = request.into_body().collect(1024);
+    ///     match shard.timeout(Duration::from_secs(2), slow).await {
+    ///         Ok(bytes) => Ok(Response::new(Body::from(bytes?))),
+    ///         Err(elapsed) => Err(Reject::new(StatusCode::REQUEST_TIMEOUT, elapsed).into()),
+    ///     }
+    /// }
+    /// ```
     pub fn timeout<F: Future>(&self, limit: Duration, future: F) -> Timeout<F> {
         Timeout::new(future, limit)
     }
 
     /// Completes when the executor is told to drain: time for long-lived work to come to its end.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::{BoxError, Shard};
+    ///
+    /// async fn flush() -> Result<(), BoxError> {
+    ///     Ok(())
+    /// }
+    ///
+    /// /// Once more before the end.
+    /// fn flush_now_and_then(shard: &Shard) {
+    ///     let clock = shard.clone();
+    ///     shard.background("flush", async move {
+    ///         while clock.timeout(Duration::from_secs(1), clock.draining()).await.is_err() {
+    ///             flush().await?;
+    ///         }
+    ///         flush().await
+    ///     });
+    /// }
+    /// ```
     pub fn draining(&self) -> Draining {
         Draining { core: Rc::clone(&self.core), place: None }
     }
@@ -215,12 +315,31 @@ impl fmt::Debug for Shard {
     }
 }
 
+/// A future whose outcome a [`Task`] has, panic or not.
+pub(crate) fn joined<F: Future + 'static>(core: &Rc<Core>, future: F) -> (Task<F::Output>, LocalFuture) {
+    let task = Rc::new(RefCell::new(Join::Running(None)));
+    let (join, core) = (Rc::clone(&task), Rc::clone(core));
+    let future = async move {
+        let outcome = Contained::new(future).await.map_err(|panic| {
+            let error = TaskError(Lost::Panicked(panic.message.clone()));
+            core.contained(Scene::SpawnedTask, panic);
+            error
+        });
+        let waker = match std::mem::replace(&mut *join.borrow_mut(), Join::Done(Some(outcome))) {
+            Join::Running(waker) => waker,
+            Join::Done(_) => None,
+        };
+        waker.into_iter().for_each(Waker::wake);
+    };
+    (Task(task), Box::pin(future))
+}
+
 enum Join<T> {
     Running(Option<Waker>),
     Done(Option<Result<T, TaskError>>),
 }
 
-/// A spawned future's outcome. Made by [`Shard::spawn`].
+/// A spawned future's outcome. Made by [`Shard::spawn`] and `TaskQueue::spawn`.
 pub struct Task<T>(Rc<RefCell<Join<T>>>);
 
 impl<T> Future for Task<T> {
@@ -266,6 +385,19 @@ impl<T> fmt::Debug for Blocking<T> {
 }
 
 /// Why a [`Task`] or a [`Blocking`] has no result.
+///
+/// ```
+/// use ringleader::{BoxError, Reject, Shard, StatusCode};
+///
+/// async fn digest(shard: &Shard, bytes: Vec<u8>) -> Result<u64, BoxError> {
+///     let sum = shard.spawn_blocking(move || bytes.iter().map(|byte| u64::from(*byte)).sum());
+///     sum.await.map_err(|error| match error {
+///         error if error.is_panic() => Reject::new(StatusCode::UNPROCESSABLE_ENTITY, "not to be digested").into(),
+///         error if error.is_overloaded() => Reject::new(StatusCode::TOO_MANY_REQUESTS, error).into(),
+///         error => error.into(),
+///     })
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskError(Lost);
 

@@ -12,12 +12,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::accept::Acceptor;
 use super::core::{Core, Failure, Scene};
 use super::inbox::{Handed, Order};
 use super::park::Park;
+use super::queues;
 use super::rarely::Rarely;
 use super::slot::SlotSeat;
 use super::tasks::OnPanic;
@@ -84,6 +86,8 @@ struct Generation {
 enum Next {
     Turn,
     HandOver,
+    /// Give way to glommio's task queues.
+    GiveWay,
     /// Sleep through glommio, this long at most.
     Park(Duration),
     End,
@@ -184,7 +188,9 @@ impl Generation {
             // A panic in what follows is ours, not a task's: it costs this generation.
             match catch_unwind(AssertUnwindSafe(|| self.turn(seat))) {
                 Ok(Next::Turn) => {}
+                Ok(Next::GiveWay) => park.give_way(queues::open()).await,
                 Ok(Next::HandOver) => {
+                    queues::close();
                     park.hand_over().await;
                     self.handed_over = Instant::now();
                 }
@@ -193,7 +199,12 @@ impl Generation {
                     // What the kernel completed before the signal was switched on would ring no bell.
                     if !self.core.driver().ring().wants_enter() {
                         self.rest(seat);
-                        park.wait(limit, |context| self.core.tasks.poll_woken(context)).await;
+                        queues::close();
+                        let woken = |context: &mut Context<'_>| match queues::due() {
+                            0 => self.core.tasks.poll_woken(context),
+                            _ => Poll::Ready(()),
+                        };
+                        park.wait(limit, woken).await;
                         self.core.tasks.awake();
                     }
                     self.core.driver().ring().signal_eventfd(false);
@@ -448,8 +459,11 @@ impl Generation {
         let open = core.cells.open.get();
         let busy =
             core.tasks.ready() > 0 || self.acceptor.as_ref().is_some_and(|acceptor| acceptor.has_work(now, open));
-        if busy {
-            return if now.duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn };
+        let queued = queues::due() > 0;
+        if busy || queued {
+            self.active |= queued;
+            let other = if queued { Next::GiveWay } else { Next::Turn };
+            return if now.duration_since(self.handed_over) >= due { Next::HandOver } else { other };
         }
         if !seat.inbox.fall_asleep() {
             return Next::Turn;

@@ -78,6 +78,17 @@ impl Park {
         .await;
     }
 
+    /// Completes when `yielded`, which glommio wakes at once, comes to its turn again.
+    pub(crate) async fn give_way(&mut self, yielded: impl Future<Output = ()>) {
+        self.set_guard(Instant::now());
+        let mut yielded = pin!(yielded);
+        poll_fn(|context| {
+            self.stay_guarded(context);
+            yielded.as_mut().poll(context)
+        })
+        .await;
+    }
+
     /// Completes when our ring or the inbox has rung since the last time, when `woken` is ready, or after `limit`.
     pub(crate) async fn wait(&mut self, limit: Duration, mut woken: impl FnMut(&mut Context<'_>) -> Poll<()>) {
         let until = Instant::now() + limit;

@@ -17,6 +17,7 @@ use super::core::{Core, Scene};
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
 use super::park::Park;
+use super::queues;
 use crate::blocking::Pool;
 use crate::net::registry::Registry;
 use crate::panics::{self, Panic, caught};
@@ -238,6 +239,7 @@ fn execute(seat: &SlotSeat) {
     let ran = catch_unwind(AssertUnwindSafe(|| executor.run(outer.as_mut())));
     if let Err(payload) = ran {
         report_fall(seat, &caught(payload));
+        queues::abandon();
         take_down(outer);
     }
 }

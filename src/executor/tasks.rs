@@ -44,6 +44,14 @@ struct Ready {
     sleeper: RefCell<Option<Waker>>,
 }
 
+/// Wakes the main future of this thread if it sleeps through glommio.
+pub(crate) fn rouse() {
+    let sleeper = READY.with(|ready| ready.sleeper.borrow_mut().take());
+    if let Some(sleeper) = sleeper {
+        sleeper.wake();
+    }
+}
+
 struct Handle {
     index: u32,
     serial: u64,
@@ -66,10 +74,8 @@ impl Wake for Handle {
         if here {
             READY.with(|ready| {
                 ready.queue.borrow_mut().push_back(self.index);
-                if let Some(sleeper) = ready.sleeper.borrow_mut().take() {
-                    sleeper.wake();
-                }
             });
+            rouse();
         } else {
             self.inbox.wake(self.index);
         }

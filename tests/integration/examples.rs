@@ -94,6 +94,15 @@ fn background_does_something_beside_the_requests() {
     example.end();
 }
 
+#[cfg(feature = "glommio")]
+#[test]
+fn task_queues_compute_beside_the_requests() {
+    let example = start("task_queues", 12, &[]);
+    assert!(example.get("/").ends_with(" primes so far\n"));
+    eventually("some are found between two requests", || !example.get("/").starts_with("0 "));
+    example.end();
+}
+
 #[test]
 fn blocking_waits_elsewhere() {
     let example = start("blocking", 5, &[]);

@@ -32,6 +32,8 @@ mod start;
 mod streaming;
 mod support;
 mod systemd;
+#[cfg(feature = "glommio")]
+mod task_queues;
 mod testing;
 #[cfg(feature = "tokio")]
 mod tokio_host;
