@@ -7,10 +7,14 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 HOST := x86_64-unknown-linux-gnu
 # As in: make run ARGS="--listen [::]:8080 --executors 2"
 ARGS ?= --listen 127.0.0.1:8080
+# The features that are part of the interface.
+FEATURES := axum,tokio,glommio
+# What `make semver` compares with.
+BASELINE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
 # In order of the time they take, the shortest first.
 PROOFS ?= spread panics activation crash-loop bodies stall scale idle orders escapes upgrades ramp faults soak
 
-.PHONY: help run test test-asan check advisories bench bench-peers proofs clean toolchain test-tools bench-tools proof-tools
+.PHONY: help run test test-asan check advisories msrv semver bench bench-peers proofs clean toolchain test-tools bench-tools proof-tools
 
 help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
@@ -18,6 +22,8 @@ help:
 	@echo 'make test-asan    the tests of network, files and system calls under AddressSanitizer'
 	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
 	@echo 'make advisories   known defects of dependencies (with cargo-deny and the network)'
+	@echo 'make msrv         does the oldest Rust that Cargo.toml states compile it? (with rustup and that toolchain)'
+	@echo 'make semver       does the interface break that of the last tag, or BASELINE=REVISION? (with cargo-semver-checks)'
 	@echo 'make bench        micro benches: driver, inbox, steering, timers'
 	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
 	@echo 'make proofs       long runs (PROOFS in the Makefile names all); which ones in PROOFS="..."; flags in PROOFS_ARGS'
@@ -26,7 +32,7 @@ run: toolchain
 	$(CARGO) run --release --bin ringleader -- serve $(ARGS)
 
 test: toolchain test-tools
-	$(CARGO) test --features axum,tokio
+	$(CARGO) test --features $(FEATURES)
 	$(MAKE) test-asan
 
 # The sanitizer is not stable yet, but every stable x86-64 toolchain has it: RUSTC_BOOTSTRAP=1 lets it be used. A target
@@ -42,7 +48,12 @@ endif
 check: toolchain
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --all-features -- -D warnings
+	@for features in '' axum tokio glommio; do \
+		echo "features: $${features:-none}"; \
+		$(CARGO) clippy --quiet --lib --features "$$features" -- -D warnings || exit 1; \
+	done
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --all-features
 	$(CARGO) build --examples
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \
 	else echo 'check: cargo-deny is not installed; licences and sources of dependencies were not looked at'; fi
@@ -50,6 +61,20 @@ check: toolchain
 # Apart from `check`: it needs the network, and what it says changes without a change here.
 advisories: toolchain
 	$(CARGO) deny check advisories
+
+# Apart from `check`: not everybody has that toolchain. Whatever its lints say is the present one's matter.
+msrv: MSRV = $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+msrv: toolchain
+	@rustup run $(MSRV) cargo --version >/dev/null 2>&1 || \
+		{ echo 'Rust $(MSRV) is missing: rustup toolchain install $(MSRV) --profile minimal' >&2; exit 1; }
+	rustup run $(MSRV) cargo check --lib --bins --features $(FEATURES)
+
+# Apart from `check`: it needs something to compare with. The feature `internals` is no part of the interface.
+semver: toolchain
+	@test -n '$(BASELINE)' || { echo 'there is no tag yet; name what to compare with: make semver BASELINE=REVISION' >&2; exit 1; }
+	@$(CARGO) semver-checks --version >/dev/null 2>&1 || \
+		{ echo 'cargo-semver-checks is missing: cargo install cargo-semver-checks --locked' >&2; exit 1; }
+	$(CARGO) semver-checks --baseline-rev $(BASELINE) --only-explicit-features --features $(FEATURES)
 
 bench: toolchain
 	$(CARGO) bench --features internals --bench '*'

@@ -80,6 +80,14 @@ impl Body {
     }
 
     /// Any body of bytes, at the price of a box.
+    ///
+    /// ```
+    /// use ringleader::{BodyError, Request, Response, Body, service_fn};
+    ///
+    /// // The request's body back, as it arrives. A body of another crate goes the same way.
+    /// let echo = service_fn(async |request: Request| Ok(Response::new(Body::new(request.into_body()))));
+    /// # let _ = echo;
+    /// ```
     pub fn new<B>(body: B) -> Self
     where
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
@@ -119,6 +127,16 @@ impl Body {
     }
 
     /// The connection that this request came on; `None` for a body that came on none.
+    ///
+    /// ```
+    /// use ringleader::{Body, Request, Response, service_fn};
+    ///
+    /// let who = service_fn(async |request: Request| {
+    ///     let peer = request.body().connection().and_then(|connection| connection.peer_addr());
+    ///     Ok(Response::new(Body::from(format!("you are {peer:?}"))))
+    /// });
+    /// # let _ = who;
+    /// ```
     #[must_use]
     pub fn connection(&self) -> Option<&Connection> {
         self.connection.as_ref()
@@ -129,6 +147,16 @@ impl Body {
     /// # Errors
     /// [`BodyError`] when it is longer than `bytes_max` (its status is 413), stalls (408), breaks off or is malformed
     /// (400). Returned from a service by `?`, it becomes the answer with that status.
+    ///
+    /// ```
+    /// use ringleader::{Body, Request, Response, service_fn};
+    ///
+    /// let lengths = service_fn(async |request: Request| {
+    ///     let bytes = request.into_body().collect(64 * 1024).await?; // 413 if it is longer
+    ///     Ok(Response::new(Body::from(format!("{} bytes\n", bytes.len()))))
+    /// });
+    /// # let _ = lengths;
+    /// ```
     pub async fn collect(mut self, bytes_max: usize) -> Result<Bytes, BodyError> {
         let too_large = || BodyError(BodyErrorKind::TooLarge { bytes_max: bytes_max as u64 });
         if self.size_hint().lower() > bytes_max as u64 {
@@ -302,6 +330,22 @@ impl<B: HttpBody<Data = Bytes, Error: Into<BoxError>>> HttpBody for ErrorBoxed<B
 
 /// Why a body could not be read. It knows the status to answer with: returned from a service by `?`, it becomes that
 /// answer.
+///
+/// ```
+/// use ringleader::{Body, BoxError, Request, Response, StatusCode, service_fn, test::App};
+///
+/// let app = App::start(async |_| {
+///     Ok(service_fn(async |request: Request| match request.into_body().collect(4).await {
+///         Ok(bytes) => Ok(Response::new(Body::from(bytes))),
+///         Err(error) if error.is_too_large() => Ok(Response::new(Body::from("four bytes at most"))),
+///         Err(error) if error.is_timeout() => Ok(Response::new(Body::from("too slow"))),
+///         Err(error) => Err(error.into()), // answered with `error.status()`
+///     }))
+/// })?;
+/// let answer = app.call(Request::new(Body::from("too long")))?;
+/// assert_eq!(answer.body(), "four bytes at most");
+/// # Ok::<(), BoxError>(())
+/// ```
 #[derive(Debug)]
 pub struct BodyError(BodyErrorKind);
 
@@ -361,6 +405,15 @@ impl std::error::Error for BodyError {
 
 /// What is known of the connection a request came on. Cheap to clone; `Send + Sync`, so that it can travel with the
 /// request.
+///
+/// ```
+/// use ringleader::Connection;
+///
+/// /// Behind a proxy on this machine headers can be believed.
+/// fn from_here(connection: &Connection) -> bool {
+///     connection.listener() == "127.0.0.1:8080" && connection.peer_addr().is_some_and(|peer| peer.ip().is_loopback())
+/// }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Connection(Arc<ConnectionInfo>);
 

@@ -4,6 +4,23 @@ use std::fmt;
 use std::sync::Arc;
 
 /// What was attempted, what the system answered and what can be done, in one message. Cheap to clone.
+///
+/// ```
+/// use std::process::ExitCode;
+/// use ringleader::Error;
+///
+/// fn report(error: &Error) -> ExitCode {
+///     eprintln!("{error}"); // what was attempted, what the system said, what to do
+///     match () {
+///         () if error.is_usage() => ExitCode::from(2),
+///         // Another process has the port, or may have it in a moment.
+///         () if error.is_listen() => ExitCode::from(75),
+///         // No io_uring, not enough locked memory; a start-up closure that failed; executors that kept failing.
+///         () if error.is_system() || error.is_start() || error.is_quarantined() => ExitCode::FAILURE,
+///         () => ExitCode::FAILURE,
+///     }
+/// }
+/// ```
 #[derive(Clone)]
 pub struct Error(Arc<Inner>);
 

@@ -15,6 +15,19 @@ use crate::shard::SlotId;
 use crate::supervisor::post::{Message, Post};
 
 /// How to stop.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{Stop, test::App};
+/// # use ringleader::{Body, Request, Response, service_fn};
+/// # let app = App::start(async |_| Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty())))))?;
+///
+/// let stopped = app.stop(Stop::Drain(Duration::from_secs(10)));
+/// // Not to wait any longer: a second order.
+/// app.stop(Stop::Now).wait()?;
+/// stopped.wait()?;
+/// # Ok::<(), ringleader::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stop {
@@ -25,6 +38,16 @@ pub enum Stop {
 }
 
 /// How a server ended, when it ended as it was told to.
+///
+/// ```
+/// use std::process::ExitCode;
+/// use ringleader::Exit;
+///
+/// fn code(exit: &Exit) -> ExitCode {
+///     let in_order = exit.handed_over || (exit.drained && exit.failed == 0 && exit.abandoned == 0);
+///     if in_order { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Exit {
@@ -41,6 +64,17 @@ pub struct Exit {
 }
 
 /// What a slot's executor is doing.
+///
+/// ```
+/// use ringleader::{ExecutorState, Stats};
+///
+/// /// Slots that somebody should look at.
+/// fn in_trouble(stats: &Stats) -> impl Iterator<Item = String> {
+///     let trouble = |state| matches!(state, ExecutorState::Stalled | ExecutorState::Backoff | ExecutorState::Quarantined);
+///     let troubled = stats.executors.iter().filter(move |executor| trouble(executor.state));
+///     troubled.map(|executor| format!("slot {}: {:?}", executor.slot, executor.state))
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 #[repr(u8)]
@@ -80,6 +114,16 @@ impl ExecutorState {
 }
 
 /// The counters of one slot at one moment, over all its generations.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::ExecutorStats;
+///
+/// /// The part of the time between two reads that an executor was at work.
+/// fn utilisation(before: &ExecutorStats, after: &ExecutorStats, passed: Duration) -> f64 {
+///     (after.busy - before.busy).as_secs_f64() / passed.as_secs_f64()
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExecutorStats {
@@ -142,6 +186,15 @@ impl ExecutorStats {
 }
 
 /// A server's counters at one moment. Each is read by itself: they may differ by what happened between two reads.
+///
+/// ```
+/// use ringleader::{Handle, StatusCode};
+///
+/// /// For a load balancer.
+/// fn health(handle: &Handle) -> StatusCode {
+///     if handle.stats().ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -226,6 +279,20 @@ impl Shared {
 }
 
 /// Looks at a running server and gives it orders; clone it as you like. It does not keep the server running.
+///
+/// ```
+/// use ringleader::{Body, Request, Response, Server, service_fn};
+///
+/// let server = Server::builder().listen("127.0.0.1:0").executors(2).serve(async |_| {
+///     Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
+/// });
+/// let running = server.start().wait()?;
+/// let handle = running.handle(); // for another thread, say
+/// println!("on {:?}, CPUs {:?}, {}", handle.local_addrs(), handle.cpus(), handle.steering());
+/// println!("{} connections at once on each executor", handle.connections_max());
+/// handle.warnings().iter().for_each(|warning| println!("warning: {warning}"));
+/// # Ok::<(), ringleader::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Handle(pub(crate) Arc<Shared>);
 
@@ -308,6 +375,19 @@ impl Handle {
     }
 
     /// Orders a stop. A second order during a drain makes it stop at once if it says [`Stop::Now`].
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::{Handle, Stop};
+    ///
+    /// async fn end(handle: Handle) -> Result<(), ringleader::Error> {
+    ///     let exit = handle.stop(Stop::Drain(Duration::from_secs(30))).await?;
+    ///     if !exit.drained {
+    ///         eprintln!("some connections were cut off");
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
     pub fn stop(&self, how: Stop) -> Order<Exit> {
         // The supervisor is gone when the server has ended, and then the outcome is there.
         self.0.post.send(Message::Stop(how));
@@ -351,6 +431,21 @@ impl fmt::Debug for Handle {
 }
 
 /// A running server's owner. Dropping it orders an immediate stop, and does not wait for it.
+///
+/// ```
+/// use ringleader::{Body, Error, Request, Response, Server, Stop, service_fn};
+///
+/// let server = Server::builder().listen("127.0.0.1:0").executors(1).serve(async |_| {
+///     Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
+/// });
+/// let running = server.start().wait()?;
+/// // The thread that stops it has a handle; this one waits for the end.
+/// let handle = running.handle();
+/// std::thread::spawn(move || drop(handle.stop(Stop::Now)));
+/// let exit = running.join().wait()?;
+/// assert!(!exit.handed_over);
+/// # Ok::<(), Error>(())
+/// ```
 #[must_use = "dropping `Running` stops the server"]
 #[derive(Debug)]
 pub struct Running {

@@ -11,6 +11,26 @@ use crate::error::Kind;
 
 /// The outcome of an order, once it has one. Await it on any runtime, or block on it with [`Order::wait`]; dropping it
 /// takes nothing back.
+///
+/// ```
+/// use ringleader::{Body, Request, Response, Server, Stop, service_fn};
+///
+/// # fn server() -> Server {
+/// #     Server::builder().listen("127.0.0.1:0").executors(1).serve(async |_| {
+/// #         Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
+/// #     })
+/// # }
+/// // On a plain thread:
+/// let running = server().start().wait()?;
+/// running.stop(Stop::Now).wait()?;
+/// // In any async runtime:
+/// # smol::block_on(async {
+/// let running = server().start().await?;
+/// running.stop(Stop::Now).await?;
+/// # Ok::<(), ringleader::Error>(())
+/// # })?;
+/// # Ok::<(), ringleader::Error>(())
+/// ```
 #[must_use = "the order is carried out all the same, but its outcome is lost"]
 pub struct Order<T>(Arc<Shared<T>>);
 

@@ -49,6 +49,22 @@ use call::Promise;
 ///   it is missing, unless the number of executors is fixed.
 /// - Around such a change two executors may take different slots for a key's owner for as long as it takes to tell them, and
 ///   messages that are on their way run where they were sent.
+///
+/// ```
+/// use ringleader::{Body, BoxError, Request, Response, Server, Shard, service_fn, test::App};
+///
+/// let app = App::with(Server::builder().executors(2), async |shard: Shard| {
+///     Ok(service_fn(async move |request: Request| {
+///         let peers = shard.peers();
+///         let owner = peers.owner_of(request.uri().path());
+///         let answered = peers.call(owner, async |there: Shard| there.id()).await?;
+///         assert!(answered == owner && peers.iter().any(|slot| slot == owner));
+///         Ok(Response::new(Body::from(format!("executor {answered}"))))
+///     }))
+/// })?;
+/// assert_eq!(app.call_on(0, Request::get("/key").body(Body::empty())?)?.body(), app.call_on(1, Request::get("/key").body(Body::empty())?)?.body());
+/// # Ok::<(), BoxError>(())
+/// ```
 #[derive(Clone)]
 pub struct Peers(Arc<Directory>);
 
@@ -157,6 +173,27 @@ fn add(count: &Cell<usize>, difference: isize) {
 
 /// One `T` for each executor, which never moves; made by [`Builder::sharded`](crate::Builder::sharded). This token is
 /// `Clone`, `Send` and `Sync` whatever `T` is. See [`Peers`] for what holds of every message.
+///
+/// ```
+/// use std::{cell::Cell, rc::Rc};
+/// use ringleader::{Body, BoxError, Request, Response, Server, Shard, service_fn, test::App};
+///
+/// let mut builder = Server::builder().executors(2);
+/// let hits = builder.sharded("hits", async |_: Shard| Ok(Cell::new(0_u64)));
+/// let app = App::with(builder, async move |shard: Shard| {
+///     let hits = hits.clone();
+///     Ok(service_fn(async move |_: Request| {
+///         let mine = hits.local(&shard);
+///         mine.set(mine.get() + 1);
+///         let all = hits.call_all(async |hits: Rc<Cell<u64>>| hits.get()).await?;
+///         let sum: u64 = all.into_iter().filter_map(|(_, hits)| hits.ok()).sum();
+///         Ok(Response::new(Body::from(sum.to_string())))
+///     }))
+/// })?;
+/// app.call_on(0, Request::new(Body::empty()))?;
+/// assert_eq!(app.call_on(1, Request::new(Body::empty()))?.body(), "2");
+/// # Ok::<(), BoxError>(())
+/// ```
 pub struct Sharded<T> {
     directory: Arc<Directory>,
     key: u64,
@@ -233,6 +270,17 @@ impl<T: 'static> Sharded<T> {
     ///
     /// # Errors
     /// [`PeerError::Full`] and [`PeerError::Down`]: it was not sent.
+    ///
+    /// ```
+    /// use std::cell::Cell;
+    /// use ringleader::Sharded;
+    ///
+    /// /// A metric: if it cannot be sent it is not worth waiting for.
+    /// fn count(hits: &Sharded<Cell<u64>>, key: &str) {
+    ///     let owner = hits.peers().owner_of(key);
+    ///     let _ = hits.send(owner, |hits| hits.set(hits.get() + 1));
+    /// }
+    /// ```
     pub fn send<F>(&self, to: SlotId, message: F) -> Result<(), PeerError>
     where
         F: FnOnce(&T) + Send + 'static,

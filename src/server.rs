@@ -49,6 +49,12 @@ const STALE_AFTER: Duration = Duration::from_millis(20);
 const CONNECTIONS_MIN: u64 = 16;
 
 /// How the kernel chooses the executor of a new connection.
+///
+/// ```
+/// // Connections of server-sent events stay for hours: new ones go where there are few.
+/// let builder = ringleader::Server::builder().steering(ringleader::Steering::LeastLoaded);
+/// # drop(builder);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Steering {
@@ -103,6 +109,12 @@ impl Default for RestartPolicy {
 
 /// How many executors. Made from a number, or from a range such as `2..=8`: then the server starts with the fewest and
 /// follows the load ([`Builder::scaling`]).
+///
+/// ```
+/// let four = ringleader::Server::builder().executors(4);
+/// let by_load = ringleader::Server::builder().executors(2..=8);
+/// # drop((four, by_load));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executors {
     min: usize,
@@ -122,6 +134,17 @@ impl From<RangeInclusive<usize>> for Executors {
 }
 
 /// An address to listen on. Made from a socket address or from text: `127.0.0.1:8080`, `[::]:80`, `localhost:8080`.
+///
+/// ```
+/// use std::net::{Ipv6Addr, SocketAddr};
+/// use ringleader::Server;
+///
+/// let builder = Server::builder()
+///     .listen("localhost:8080")
+///     .listen(SocketAddr::from((Ipv6Addr::LOCALHOST, 8080)))
+///     .listen("127.0.0.1:0"); // a free port, which `Handle::local_addrs` tells
+/// # drop(builder);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Listen {
     text: String,
@@ -164,6 +187,28 @@ impl Listen {
 }
 
 /// What a server is to be. Made by [`Server::builder`]; ends with [`Builder::serve`].
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{Body, Request, Response, Server, service_fn};
+///
+/// let server = Server::builder()
+///     .name("api")
+///     .listen("0.0.0.0:80")
+///     .executors(4)
+///     .cpus([0, 2, 4, 6])
+///     .connections_max(20_000)
+///     .backlog(1024)
+///     .keepalive(Some(Duration::from_secs(30)))
+///     .user_timeout(Some(Duration::from_secs(60)))
+///     .share_port(true) // with another process, for an experiment
+///     .drain_timeout(Duration::from_secs(10))
+///     .drain_delay(Duration::from_secs(5)) // a load balancer needs as long to notice
+///     .start_timeout(Duration::from_secs(60))
+///     .stop_on_signals()
+///     .serve(async |_| Ok(service_fn(async |_: Request| Ok(Response::new(Body::from("hello"))))));
+/// # drop(server);
+/// ```
 #[must_use = "a builder does nothing until `serve`"]
 #[derive(Clone)]
 pub struct Builder {
@@ -369,6 +414,23 @@ impl Builder {
 }
 
 /// A server that can be started.
+///
+/// ```
+/// use ringleader::{Body, Error, Request, Response, Server, Stop, service_fn};
+///
+/// fn server() -> Server {
+///     Server::builder().listen("127.0.0.1:0").executors(1).serve(async |_| {
+///         Ok(service_fn(async |_: Request| Ok(Response::new(Body::from("hello")))))
+///     })
+/// }
+///
+/// # let blocks = || -> Result<(), Error> {
+/// server().run()?; // until a signal ends it, or nothing is left
+/// # Ok(()) };
+/// let running = server().start().wait()?; // to go on with something else
+/// running.stop(Stop::Now).wait()?;
+/// # Ok::<(), Error>(())
+/// ```
 #[must_use = "a server does nothing until `run` or `start`"]
 pub struct Server {
     builder: Builder,

@@ -14,6 +14,27 @@ use crate::{BoxError, Request, Response};
 /// Async closures become services through [`service_fn`], services of others through [`hyper`](fn@crate::hyper),
 /// [`tower`](fn@crate::tower) and `axum` (feature `axum`). An `Err` is logged and answered with 500, unless it is a
 /// [`Reject`] or a [`BodyError`](crate::BodyError), which carry their own status.
+///
+/// ```
+/// use ringleader::{Body, BoxError, Request, Response, Server, Service, Shard};
+///
+/// struct Greeter {
+///     name: String,
+/// }
+///
+/// impl Service for Greeter {
+///     type Body = Body;
+///
+///     async fn call(&self, request: Request) -> Result<Response, BoxError> {
+///         Ok(Response::new(Body::from(format!("{} is at {}\n", self.name, request.uri().path()))))
+///     }
+/// }
+///
+/// let server = Server::builder()
+///     .listen("127.0.0.1:0")
+///     .serve(async |shard: Shard| Ok(Greeter { name: format!("executor {}", shard.id()) }));
+/// # drop(server);
+/// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a ringleader service",
     label = "the start-up closure returned this as the executor's service",

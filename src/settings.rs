@@ -88,6 +88,19 @@ impl Default for Overload {
 }
 
 /// What a panic in a request's handler, its response body or its connection costs.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{Escalation, PanicPolicy, Server};
+///
+/// // State that a panic may have left half done: make it anew.
+/// let careful = Server::builder().panics(PanicPolicy::Restart);
+/// // Contain, but not for long.
+/// let strict = Server::builder().escalation(Escalation::after(3, Duration::from_secs(60)));
+/// // Contain whatever comes.
+/// let patient = Server::builder().escalation(None);
+/// # drop((careful, strict, patient));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum PanicPolicy {
@@ -102,6 +115,13 @@ pub enum PanicPolicy {
 }
 
 /// How many contained panics an executor may have before it is restarted, since its state may be what is broken.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::Escalation;
+///
+/// assert_eq!(Escalation::default(), Escalation::after(100, Duration::from_secs(10)));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Escalation {

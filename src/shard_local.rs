@@ -197,6 +197,16 @@ impl<T: 'static> ShardLocal<T> {
     }
 
     /// The value, on its executor and in its generation; `None` elsewhere and afterwards.
+    ///
+    /// ```
+    /// use std::cell::Cell;
+    /// use ringleader::ShardLocal;
+    ///
+    /// /// `None` on other threads, and once the generation has ended.
+    /// fn hits(counter: &ShardLocal<Cell<u64>>) -> Option<u64> {
+    ///     counter.try_get().map(Cell::get)
+    /// }
+    /// ```
     #[must_use]
     pub fn try_get(&self) -> Option<&T> {
         // SAFETY: the serial says that this is the thread the value was made on (rule 2). The value is freed after the last

@@ -85,6 +85,21 @@ const LOOK: Duration = Duration::from_millis(2);
 /// [`Body::connection`], the counters of requests, and a drain that waits for them.
 ///
 /// Dropping it orders the server's end, as dropping [`Running`] does; it is a [`Handle`] by `Deref`.
+///
+/// ```
+/// use ringleader::{Body, BoxError, Reject, Request, Response, StatusCode, service_fn, test::App};
+///
+/// let app = App::start(async |_| {
+///     Ok(service_fn(async |request: Request| match request.uri().path() {
+///         "/" => Ok(Response::new(Body::from("home"))),
+///         path => Err(Reject::new(StatusCode::NOT_FOUND, format!("no {path}")).into()),
+///     }))
+/// })?;
+/// assert_eq!(app.get("/")?.body(), "home");
+/// let error = app.get("/elsewhere").expect_err("it is not there");
+/// assert_eq!(error.downcast_ref::<Reject>().map(Reject::status), Some(StatusCode::NOT_FOUND));
+/// # Ok::<(), BoxError>(())
+/// ```
 pub struct App {
     running: Running,
     lanes: Arc<Lanes>,
@@ -108,6 +123,16 @@ impl App {
     ///
     /// # Errors
     /// As [`App::start`].
+    ///
+    /// ```
+    /// use ringleader::{Body, BoxError, Request, Response, Server, Shard, service_fn, test::App};
+    ///
+    /// let app = App::with(Server::builder().executors(2), async |shard: Shard| {
+    ///     Ok(service_fn(async move |_: Request| Ok(Response::new(Body::from(format!("slot {}", shard.id()))))))
+    /// })?;
+    /// assert_eq!(app.call_on(1, Request::new(Body::empty()))?.body(), "slot 1");
+    /// # Ok::<(), BoxError>(())
+    /// ```
     pub fn with<F, S>(builder: Builder, start_up: F) -> Result<Self, Error>
     where
         F: AsyncFn(Shard) -> Result<S, BoxError> + Send + Sync + 'static,

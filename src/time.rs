@@ -13,6 +13,16 @@ use crate::net::wheel::TimerKey;
 ///
 /// Resolution is one millisecond, rounded up: never early. It belongs to the executor it was made on, and names no
 /// lifetime; it is `Send` so that futures which must be may hold it, but polled elsewhere it panics.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{Shard, Sleep};
+///
+/// /// Made now, awaited later: it ends a second from now.
+/// fn deadline(shard: &Shard) -> Sleep {
+///     shard.sleep(Duration::from_secs(1))
+/// }
+/// ```
 #[must_use = "a sleep does nothing until it is awaited"]
 pub struct Sleep {
     /// Serial of the generation whose wheel it is on; 0 when it was made outside of one.
@@ -100,6 +110,17 @@ impl fmt::Debug for Sleep {
 }
 
 /// A [`Timeout`] ran out before its future was done.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{BoxError, Elapsed, Shard};
+///
+/// async fn waits(shard: &Shard) -> Result<(), BoxError> {
+///     let never = std::future::pending::<()>();
+///     let Err(Elapsed { .. }) = shard.timeout(Duration::from_millis(1), never).await else { return Ok(()) };
+///     Err("it was not done in time".into())
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Elapsed(());
 

@@ -53,7 +53,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("upgrade", &["sys"]),
     ("handle", &["root", "executor", "order", "shard", "supervisor"]),
     ("peers", &["executor", "panics", "protocol", "shard"]),
-    ("shard", &["root", "blocking", "executor", "handle", "protocol", "shard_local", "sys", "time"]),
+    ("shard", &["root", "blocking", "executor", "handle", "protocol", "shard_local", "sys", "task_queue", "time"]),
+    ("task_queue", &["root", "error", "executor", "shard"]),
     ("shard_local", &["executor", "panics"]),
     ("protocol", &["root", "body", "executor", "files", "net", "panics", "server", "service", "settings", "time"]),
     ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "shard_local", "sys"]),
@@ -275,4 +276,128 @@ fn files_say_what_they_are_for_and_end_in_time() {
         }
     }
     expect_none("files", found);
+}
+
+/// Text of a file of the package.
+fn text(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("the package has it, as text")
+}
+
+#[test]
+fn every_direct_dependency_has_a_line_that_says_why() {
+    let (manifest, architecture) = (text("Cargo.toml"), text("ARCHITECTURE.md"));
+    let section = |text: &'_ str, from: &str, to: &str| -> String {
+        let inside = text.split_once(from).expect("it has this section").1;
+        inside.split_once(to).map_or(inside, |parts| parts.0).to_owned()
+    };
+    let reasons = section(&architecture, "\n### Direct dependencies\n", "\n#");
+    let dependencies = section(&manifest, "\n[dependencies]\n", "\n[");
+    let names: Vec<&str> = dependencies.lines().filter_map(|line| Some(line.split_once(" = ")?.0)).collect();
+    assert!(names.len() > 10, "the dependencies are not where they are looked for: {names:?}");
+    let without = names.iter().filter(|name| !reasons.contains(&format!("`{name}`")));
+    expect_none(
+        "dependencies without a line in ARCHITECTURE.md, \"Direct dependencies\"",
+        without.map(|name| (*name).to_owned()).collect(),
+    );
+    let rows = reasons.lines().filter_map(|line| line.strip_prefix("| `")?.split(" |").next());
+    let gone = rows.flat_map(|row| row.split(", ")).map(|row| row.trim_start_matches('`'));
+    let gone = gone.filter_map(|row| row.split('`').next()).filter(|name| !names.contains(name));
+    expect_none("lines of \"Direct dependencies\" for what is none", gone.map(str::to_owned).collect());
+}
+
+/// Names that the crate's root, or its module `test`, makes public.
+fn exported() -> Vec<String> {
+    let of_the_root =
+        text("src/lib.rs").lines().filter(|line| line.starts_with("pub use ")).collect::<Vec<_>>().join("\n");
+    let words = of_the_root.split(|c: char| !c.is_alphanumeric() && c != '_');
+    let of_test = ["App", "Provocation"];
+    words.filter(|word| word.starts_with(char::is_uppercase)).chain(of_test).map(str::to_owned).collect()
+}
+
+/// The name after `before`, if the line begins so.
+fn declared<'a>(line: &'a str, before: &[&str]) -> Option<&'a str> {
+    let rest = before.iter().find_map(|before| line.strip_prefix(before))?;
+    rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()
+}
+
+#[test]
+fn public_types_that_may_grow_say_so() {
+    let (exported, mut found) = (exported(), Vec::new());
+    for source in sources("src") {
+        let lines: Vec<&str> = source.text.lines().collect();
+        for (index, line) in lines.iter().enumerate() {
+            let Some(name) = declared(line, &["pub enum ", "pub struct "]) else { continue };
+            let inside = || lines[index + 1..].iter().take_while(|line| !line.starts_with('}'));
+            let grows = line.starts_with("pub enum ")
+                || (line.ends_with('{') && inside().any(|line| line.starts_with("    pub ")));
+            // Of the same name as the one that users meet.
+            if (source.path.as_str(), name) == ("src/supervisor/policy/config.rs", "RestartPolicy") {
+                continue;
+            }
+            let attributes = lines[..index].iter().rev().take_while(|line| line.starts_with("#["));
+            if grows
+                && exported.iter().any(|known| known == name)
+                && !attributes.into_iter().any(|a| a.contains("non_exhaustive"))
+            {
+                found.push(format!("{}:{}: {name}", source.path, index + 1));
+            }
+        }
+    }
+    expect_none("public enums, and structs with public fields, without #[non_exhaustive]", found);
+}
+
+/// All lines of code of the examples in the documentation of `src`.
+fn examples_in_documentation(sources: &[Source]) -> String {
+    let mut code = String::new();
+    for source in sources {
+        let mut inside = false;
+        for line in source.text.lines() {
+            let line = line.trim_start();
+            let Some(line) = line.strip_prefix("///").or_else(|| line.strip_prefix("//!")) else { continue };
+            if line.trim_start().starts_with("```") {
+                inside = !inside;
+            } else if inside {
+                code.push_str(line);
+                code.push('\n');
+            }
+        }
+    }
+    code
+}
+
+#[test]
+fn public_types_and_methods_are_used_in_an_example_of_the_documentation() {
+    let (exported, sources) = (exported(), sources("src"));
+    let examples = examples_in_documentation(&sources);
+    let words: Vec<&str> = examples.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+    let mut found = Vec::new();
+    for source in sources.iter().filter(|source| !source.of_tests) {
+        let (mut public, mut own) = (false, String::new());
+        for line in source.text.lines() {
+            if let Some(name) = declared(line, &["pub struct ", "pub enum ", "pub trait ", "pub fn ", "pub type "]) {
+                let made_elsewhere = own.contains("ade by [");
+                if exported.iter().any(|known| known == name)
+                    && !(own.contains("```") || made_elsewhere || words.contains(&name))
+                {
+                    found.push(format!("{}: {name}", source.path));
+                }
+            }
+            match line.strip_prefix("///") {
+                Some(more) => own.push_str(more),
+                None if line.starts_with('#') => {}
+                None => own.clear(),
+            }
+            if line.starts_with("impl") && line.ends_with('{') {
+                let of = line.split(" for ").next().unwrap_or(line);
+                public =
+                    exported.iter().any(|name| of.contains(&format!(" {name} ")) || of.contains(&format!(" {name}<")));
+            } else if public && let Some(name) = declared(line, &["    pub fn ", "    pub async fn "]) {
+                let used = [format!(".{name}("), format!("::{name}("), format!("::{name})")];
+                if !used.iter().any(|used| examples.contains(used.as_str())) {
+                    found.push(format!("{}: {name}", source.path));
+                }
+            }
+        }
+    }
+    expect_none("public, and in no example of the documentation", found);
 }

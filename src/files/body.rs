@@ -66,6 +66,16 @@ pub(super) const SENDFILE_BYTES_MIN: u64 = 32 << 10;
 /// Its error is an I/O error from the disk, or `UnexpectedEof` when the file became shorter than
 /// the response had promised; the connection is then to be closed, as hyper does. A file that grew
 /// is sent up to the promised length.
+///
+/// ```
+/// use ringleader::{Body, FileBody, Response};
+///
+/// /// Sent by sendfile, as long as nothing is wrapped around it.
+/// fn cached(mut response: Response<FileBody>) -> Response<Body> {
+///     response.headers_mut().insert("cache-control", "max-age=60".parse().expect("a header's value"));
+///     response.map(Body::from)
+/// }
+/// ```
 pub struct FileBody(Inner);
 
 enum Inner {

@@ -75,6 +75,16 @@ use range::{ByteRange, Selection};
 ///
 /// Make one per executor: it is cheap (one descriptor, and a thread once a name was not cached),
 /// and then nothing is shared between executors. It may be shared, too.
+///
+/// ```
+/// use ringleader::{Body, Files, Request, Server, Shard, service_fn};
+///
+/// let server = Server::builder().listen("127.0.0.1:0").serve(async |_: Shard| {
+///     let files = Files::open("/usr/share/doc")?.index("README.html").listing(true);
+///     Ok(service_fn(async move |request: Request| Ok(files.respond(&request).await)))
+/// });
+/// # drop(server);
+/// ```
 pub struct Files {
     root: Arc<OwnedFd>,
     index: String,
@@ -88,6 +98,13 @@ pub struct Files {
 }
 
 /// The directory cannot be served.
+///
+/// ```
+/// use ringleader::Files;
+///
+/// let error = Files::open("/nowhere").err().expect("there is no such directory");
+/// assert!(error.to_string().contains("/nowhere"));
+/// ```
 #[derive(Debug)]
 pub struct FilesError {
     root: PathBuf,
@@ -137,6 +154,14 @@ impl Files {
     /// that is cut or written to **in place** meanwhile may reach the client in a mixture of old, new and zeroes; without
     /// sendfile only the parts that were read later are new. Files that are replaced by renaming are sent as they were,
     /// either way.
+    ///
+    /// ```
+    /// use ringleader::Files;
+    ///
+    /// // These are rewritten in place, by rsync --inplace for example.
+    /// let files = Files::open("/usr/share/doc")?.sendfile(false);
+    /// # Ok::<(), ringleader::FilesError>(())
+    /// ```
     #[must_use]
     pub fn sendfile(mut self, sendfile: bool) -> Files {
         self.sendfile = sendfile;

@@ -21,6 +21,25 @@ const HELPER_QUEUE_JOBS_MAX: usize = 1024;
 pub type Job = Box<dyn FnOnce() + Send>;
 
 /// Runs blocking work away from the executor's thread.
+///
+/// ```
+/// use std::sync::{Arc, mpsc};
+/// use ringleader::{Files, Job, Offload, Overloaded};
+///
+/// /// One thread for the files of all executors.
+/// struct OneThread(mpsc::SyncSender<Job>);
+///
+/// impl Offload for OneThread {
+///     fn run(&self, job: Job) -> Result<(), Overloaded> {
+///         self.0.try_send(job).map_err(|_| Overloaded)
+///     }
+/// }
+///
+/// let (send, receive) = mpsc::sync_channel::<Job>(100);
+/// std::thread::spawn(move || receive.iter().for_each(|job| job()));
+/// let files = Files::open("/usr/share/doc")?.offload(Arc::new(OneThread(send)));
+/// # Ok::<(), ringleader::FilesError>(())
+/// ```
 pub trait Offload: Send + Sync {
     /// Takes `job` to run soon on another thread. Must not block: it is called on an executor.
     ///

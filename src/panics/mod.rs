@@ -108,6 +108,12 @@ fn text_of(payload: &(dyn Any + Send)) -> &str {
 ///
 /// With `RUST_BACKTRACE=1` a panic that ends a generation is logged with its backtrace. A panic that code of yours catches
 /// by itself is not logged, unless another one follows while it is unwinding.
+///
+/// ```
+/// tracing_subscriber::fmt().init();
+/// ringleader::install_panic_hook();
+/// // ... and then the server.
+/// ```
 pub fn install_panic_hook() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {

@@ -10,6 +10,19 @@ use std::task::{Context, Poll, Waker};
 use crate::executor::inbox::{Outstanding, Refusal};
 
 /// Why a message has no answer.
+///
+/// ```
+/// use ringleader::{PeerError, Reject, StatusCode};
+///
+/// /// What a request is answered that needed another executor.
+/// fn answer(error: PeerError) -> Reject {
+///     let status = match error {
+///         PeerError::Full | PeerError::Down => StatusCode::SERVICE_UNAVAILABLE, // nothing has been done: try again
+///         _ => StatusCode::BAD_GATEWAY,                                         // it may have been done
+///     };
+///     Reject::new(status, error)
+/// }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PeerError {
@@ -116,6 +129,20 @@ enum Inner<R> {
 /// its own: an executor that is busy answers late ([`Shard::timeout`](crate::Shard::timeout)).
 ///
 /// It names no lifetime: nothing of the caller's is borrowed while it is awaited.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{BoxError, Shard, SlotId};
+///
+/// /// Both at once, and no longer than 10 ms.
+/// async fn generations(shard: &Shard, one: SlotId, other: SlotId) -> Result<(u64, u64), BoxError> {
+///     let peers = shard.peers();
+///     // Sent here; what is awaited is the answers.
+///     let one = peers.call(one, async |shard: Shard| shard.generation());
+///     let other = peers.call(other, async |shard: Shard| shard.generation());
+///     Ok(shard.timeout(Duration::from_millis(10), async { Ok::<_, BoxError>((one.await?, other.await?)) }).await??)
+/// }
+/// ```
 #[must_use = "the call is made, but its answer is lost"]
 pub struct Call<R>(Inner<R>);
 

@@ -24,6 +24,19 @@ impl Builder {
     /// How the new process of an upgrade is started. Default: as this one was, by the same name, so that what lies under
     /// it by then is run, with the same arguments. Its standard input is how it is spoken to; the first server it starts
     /// takes the listeners over.
+    ///
+    /// ```
+    /// use std::process::Command;
+    /// use ringleader::Server;
+    ///
+    /// let builder = Server::builder().upgrade_on_signal().upgrade_timeout(std::time::Duration::from_secs(20));
+    /// let builder = builder.successor(|| {
+    ///     let mut command = Command::new("/opt/server/current/bin/server");
+    ///     command.arg("--port=80");
+    ///     command
+    /// });
+    /// # drop(builder);
+    /// ```
     pub fn successor(mut self, command: impl Fn() -> Command + Send + Sync + 'static) -> Self {
         self.successor = Some(Launch::Custom(Arc::new(command)));
         self
@@ -38,6 +51,16 @@ impl Builder {
 
     /// Calls this on SIGHUP, on a thread of its own, and logs the sentences it returns: what has changed, and what cannot
     /// without a restart.
+    ///
+    /// ```
+    /// use ringleader::Server;
+    ///
+    /// let builder = Server::builder().reload_on_signal(|| {
+    ///     // Takes effect where it is read: behind an `Arc` that the start-up closure has captured, say.
+    ///     vec!["the log level stays as it is: it needs a restart".to_owned()]
+    /// });
+    /// # drop(builder);
+    /// ```
     pub fn reload_on_signal(mut self, reload: impl Fn() -> Vec<String> + Send + Sync + 'static) -> Self {
         self.signals.reload = true;
         self.reload = Some(Arc::new(reload));
@@ -48,6 +71,14 @@ impl Builder {
     /// serves them besides the addresses given; tells it of readiness, reload, stop, status and a hand-over, and keeps its
     /// watchdog quiet (`NOTIFY_SOCKET`); and lets it keep the listeners over a crash (`FDSTORE`). Descriptors from 3 on are
     /// taken once in a process, by the first server that asks.
+    ///
+    /// ```
+    /// use ringleader::Server;
+    ///
+    /// // What the unit's socket says; where there is none, by hand.
+    /// let builder = Server::builder().systemd().listen_by_default("127.0.0.1:8080").stop_on_signals();
+    /// # drop(builder);
+    /// ```
     pub fn systemd(mut self) -> Self {
         self.systemd = true;
         self
@@ -64,6 +95,14 @@ impl Builder {
     /// Takes the highest real-time signal that has no handler, for as long as the server runs. When an executor stalls, its
     /// thread gets this signal once; system calls that Linux never restarts (signal(7): `poll`, `nanosleep`) then return
     /// EINTR. On x86-64 and aarch64.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::Server;
+    ///
+    /// let builder = Server::builder().stall_limit(Duration::from_millis(50)).stall_backtraces(true);
+    /// # drop(builder);
+    /// ```
     pub fn stall_backtraces(mut self, log: bool) -> Self {
         self.stall_backtraces = log;
         self

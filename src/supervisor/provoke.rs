@@ -12,6 +12,17 @@ use crate::executor::core::{Core, Failure};
 use crate::order::Promise;
 
 /// A fault to try one's own behaviour with. The order to [`provoke`](crate::test::provoke) it is done when it begins.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::test::{App, Provocation, provoke, wait_until};
+/// # use ringleader::{Body, BoxError, Request, Response, service_fn};
+/// # let app = App::start(async |_| Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty())))))?;
+///
+/// provoke(&app, 0, Provocation::Panic).wait()?;
+/// wait_until(&app, |stats| stats.executors[0].generation == 2);
+/// # Ok::<(), BoxError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Provocation {

@@ -69,6 +69,15 @@ impl Config {
 }
 
 /// What becomes of an executor that has been stalled for as long as a hang takes.
+///
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{HangPolicy, Server};
+///
+/// // Under systemd with `Restart=always`: a clean process instead of one with a thread left behind.
+/// let builder = Server::builder().hang(HangPolicy::Abort, Some(Duration::from_secs(60)));
+/// # drop(builder);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HangPolicy {
