@@ -3,6 +3,8 @@
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::routing::get;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::header::{CONTENT_TYPE as CONTENT_TYPE_NAME, HeaderValue};
@@ -28,7 +30,13 @@ pub async fn answer<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Inf
     Ok(response)
 }
 
-/// The same, and `GET /chaos/spin?ms=N` computes for so long first, for comparisons of what a stalled executor costs.
+/// The same as an axum router: axum gives text the same `content-type`.
+#[must_use]
+pub fn router() -> Router {
+    Router::new().route("/", get(async || BODY))
+}
+
+/// The same as [`answer`], and `GET /chaos/spin?ms=N` computes for so long first, for comparisons of what a stalled executor costs.
 ///
 /// # Errors
 /// None.

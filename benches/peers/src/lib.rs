@@ -1,7 +1,7 @@
 //! What the rivals have in common, so that only their runtimes differ: the command line, the pinned
 //! threads, the listener and the handler.
 //!
-//! Nothing here depends on Ringleader, and nothing here is tuned for one rival: hyper's defaults,
+//! Nothing of it depends on Ringleader, and nothing here is tuned for one rival: hyper's defaults,
 //! glibc's allocator, one `SO_REUSEPORT` listener per executor, `TCP_NODELAY` on every connection.
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,6 @@ mod options;
 mod socket;
 
 pub use executors::{pin_to, run};
-pub use handler::{BODY, CONTENT_TYPE, answer, answer_or_spin};
+pub use handler::{BODY, CONTENT_TYPE, answer, answer_or_spin, router};
 pub use options::PeerOptions;
 pub use socket::{BACKLOG, listen};

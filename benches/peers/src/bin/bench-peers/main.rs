@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod instructions;
 mod measure;
 mod options;
 mod perf;
@@ -25,12 +26,18 @@ use clap::Parser;
 use serde_json::json;
 
 use crate::measure::{Problem, Run, Sample};
-use crate::options::{Options, Server};
+use crate::options::{CommandLine, Options, Server, What};
 use crate::summary::{Summary, summarise};
 use crate::wrk::Script;
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let CommandLine { what, options } = CommandLine::parse();
+    let ended = match what {
+        None => run(&options),
+        Some(What::Adapters(options)) => run(&options.of_adapters()),
+        Some(What::Instructions(options)) => instructions::run(&options),
+    };
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
             eprintln!("error: {problem}");
@@ -43,18 +50,18 @@ fn run(options: &Options) -> Result<(), String> {
     let servers = options.servers()?;
     check_tools()?;
     let bin = own_directory()?;
-    check_programs(options, &servers, &bin)?;
+    check_programs(&servers, &bin)?;
     let counters = perf::probe()?;
     let script = Script::write().map_err(|error| format!("write wrk's script: {error}"))?;
     let machine = process::machine();
     print!("{}", report::preamble(options, &machine, &counters));
-    let names: Vec<&str> = servers.iter().map(|server| server.name.as_str()).collect();
+    let names: Vec<_> =
+        servers.iter().map(|server| (server.name.as_str(), server.baseline(&servers, &options.baseline))).collect();
     let mut record = Record { machine, ..Record::default() };
     for scenario in options.scenarios() {
         let run = Run { options, scenario, script: &script, bin: &bin };
         rounds(run, &servers, &mut record)?;
-        let (samples, baseline) = (&record.samples, &options.baseline);
-        let summary = summarise(scenario.name, samples, &names, baseline, options.seed);
+        let summary = summarise(scenario.name, &record.samples, &names, options.seed);
         print!("{}", report::scenario(scenario, &summary, &record.samples));
         record.summaries.push(summary);
         // Written after each scenario, so that an interrupted hour is not lost.
@@ -127,9 +134,9 @@ fn own_directory() -> Result<String, String> {
 }
 
 /// Says before an hour of measuring that a server is not built.
-fn check_programs(options: &Options, servers: &[Server], bin: &str) -> Result<(), String> {
+fn check_programs(servers: &[Server], bin: &str) -> Result<(), String> {
     for server in servers {
-        let arguments = server.arguments(options, bin, options.port);
+        let arguments = server.arguments(0, bin, 0);
         let program = arguments.first().map_or("", String::as_str);
         if program.contains('/') && !Path::new(program).exists() {
             return Err(format!(

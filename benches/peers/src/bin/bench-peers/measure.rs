@@ -90,7 +90,7 @@ impl Run<'_> {
     pub fn measure(&self, server: &Server, round: u32, port: u16) -> Result<Sample, Problem> {
         let Self { options, scenario, script, bin } = *self;
         wait_until_free(port).map_err(Problem::Fatal)?;
-        let arguments = server.arguments(options, bin, port);
+        let arguments = server.arguments(options.server_cpu, bin, port);
         // A server that does not start at all is a typing error; one that fails later is a finding.
         let not_started = if round == 0 { Problem::Fatal } else { Problem::Void };
         let mut process = Process::start(&arguments, options.server_cpu, port).map_err(not_started)?;

@@ -56,13 +56,13 @@ pub fn scenario(scenario: Scenario, summary: &Summary, samples: &[Sample]) -> St
         line(&mut text, format_args!("  {name:<18} {runs:>5} {rate:>12} {busy:>6.2}"));
     }
     if !summary.ratios.is_empty() {
-        text.push_str("  ratio to the baseline        median   95 % interval   pairs\n");
+        text.push_str("  ratio                                           median   95 % interval   pairs\n");
     }
     for ratio in &summary.ratios {
-        let Ratio { server, metric, median, low, high, pairs } = ratio;
+        let Ratio { server, baseline, metric, median, low, high, pairs } = ratio;
         let (name, few) = (metric.name(), if *pairs < PAIRS_FEW { "  (few)" } else { "" });
         let row = format!("{median:>6.3}   {low:.3} to {high:.3}   {pairs:>5}{few}");
-        line(&mut text, format_args!("  {server:<14} {name:<13} {row}"));
+        line(&mut text, format_args!("  {server:<18} to {baseline:<10} {name:<13} {row}"));
     }
     let again = |ratio: &&Ratio| ratio.server.ends_with(AGAIN) && !(ratio.low..=ratio.high).contains(&1.0);
     for ratio in summary.ratios.iter().filter(again) {
@@ -140,23 +140,24 @@ pub fn verdict(options: &Options, summaries: &[Summary]) -> String {
     let of = |verdict: Verdict| {
         let mut cases = Vec::new();
         for summary in summaries {
-            let ours = |ratio: &&Ratio| ratio.server == *subject && ratio.verdict() == verdict;
+            let ours = |ratio: &&Ratio| is_of(subject, &ratio.server) && ratio.verdict() == verdict;
             cases.extend(summary.ratios.iter().filter(ours).map(|ratio| {
-                let Ratio { metric, median, low, high, .. } = ratio;
+                let Ratio { server, baseline, metric, median, low, high, .. } = ratio;
                 let name = metric.name().trim_end_matches(", µs");
-                format!("{}: {median:.3} ({low:.3} to {high:.3}) in {name}", summary.scenario)
+                let scenario = summary.scenario;
+                format!("{scenario}: {median:.3} ({low:.3} to {high:.3}) in {name}, {server} to {baseline}")
             }));
         }
         if cases.is_empty() { "none of those measured".to_owned() } else { cases.join("\n  ") }
     };
     let ratios = summaries.iter().flat_map(|summary| &summary.ratios);
-    if !ratios.into_iter().any(|ratio| ratio.server == *subject) {
+    if !ratios.into_iter().any(|ratio| is_of(subject, &ratio.server)) {
         return format!(
             "\n`{subject}` was not measured against `{baseline}`, so no case can be named in which it loses.\n"
         );
     }
     format!(
-        "\n{subject} against {baseline} (interval below 1; around it or fewer than {PAIRS_MIN} pairs; above it):\n\
+        "\n{subject} against its baseline (interval below 1; around it or fewer than {PAIRS_MIN} pairs; above it):\n\
          case it wins:\n  {}\nundecided:\n  {}\ncase it loses:\n  {}\n",
         of(Verdict::Wins),
         of(Verdict::Undecided),
@@ -164,12 +165,17 @@ pub fn verdict(options: &Options, summaries: &[Summary]) -> String {
     )
 }
 
+/// Whether a server is the subject, or one of its kinds: `ringleader-axum` of `ringleader`.
+fn is_of(subject: &str, server: &str) -> bool {
+    server.strip_prefix(subject).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
 fn line(text: &mut String, arguments: std::fmt::Arguments<'_>) {
     writeln!(text, "{arguments}").expect("writing to a string does not fail");
 }
 
 /// `28200.4` as `28,200`.
-fn thousands(value: f64) -> String {
+pub fn thousands(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -184,6 +190,7 @@ fn thousands(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::CommandLine;
     use clap::Parser;
 
     #[test]
@@ -193,16 +200,16 @@ mod tests {
     }
 
     fn summary(low: f64, high: f64) -> Summary {
-        let (server, metric) = ("ringleader".to_owned(), Metric::Cycles);
-        let ratio = Ratio { server, metric, pairs: 15, median: (low + high) / 2.0, low, high };
+        let (server, baseline, metric) = ("ringleader".to_owned(), "tokio".to_owned(), Metric::Cycles);
+        let ratio = Ratio { server, baseline, metric, pairs: 15, median: (low + high) / 2.0, low, high };
         Summary { scenario: "s", servers: Vec::new(), ratios: vec![ratio] }
     }
 
     #[test]
     fn the_lost_case_is_named() {
-        let options = Options::parse_from(["bench-peers"]);
+        let options = CommandLine::parse_from(["bench-peers"]).options;
         let text = verdict(&options, &[summary(1.02, 1.1)]);
-        assert!(text.contains("case it loses:\n  s: 1.060 (1.020 to 1.100) in cycles"), "{text}");
+        assert!(text.contains("case it loses:\n  s: 1.060 (1.020 to 1.100) in cycles, ringleader to tokio"), "{text}");
         let text = verdict(&options, &[summary(0.8, 0.9)]);
         assert!(text.contains("case it loses:\n  none of those measured"), "{text}");
         assert!(verdict(&options, &[]).contains("was not measured"));
@@ -210,7 +217,7 @@ mod tests {
 
     #[test]
     fn missing_counters_are_said() {
-        let options = Options::parse_from(["bench-peers"]);
+        let options = CommandLine::parse_from(["bench-peers"]).options;
         assert!(preamble(&options, "", &Counters::default()).contains("WARNING"));
     }
 }

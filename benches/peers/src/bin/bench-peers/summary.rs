@@ -38,6 +38,7 @@ pub struct Cost {
 #[derive(Debug, Serialize)]
 pub struct Ratio {
     pub server: String,
+    pub baseline: String,
     pub metric: Metric,
     pub pairs: usize,
     pub median: f64,
@@ -68,17 +69,20 @@ impl Ratio {
     }
 }
 
-/// Sums up one scenario. `names` gives the order; servers without a valid run are left out.
-pub fn summarise(scenario: &'static str, samples: &[Sample], names: &[&str], baseline: &str, seed: u64) -> Summary {
+/// A server's name, and that of the server it is compared with.
+pub type Names<'a> = (&'a str, &'a str);
+
+/// Sums up one scenario. `names` gives the order; servers without a valid run are left out, and one that is compared with
+/// itself has no ratio.
+pub fn summarise(scenario: &'static str, samples: &[Sample], names: &[Names<'_>], seed: u64) -> Summary {
     let of = |name: &str| -> Vec<&Sample> {
         let ours = |sample: &&Sample| sample.scenario == scenario && sample.server == name;
         samples.iter().filter(ours).collect()
     };
-    let servers = names.iter().filter_map(|name| server(name, &of(name))).collect();
-    let base = of(baseline);
-    let others = names.iter().filter(|name| **name != baseline);
+    let servers = names.iter().filter_map(|(name, _)| server(name, &of(name))).collect();
+    let others = names.iter().filter(|(name, baseline)| name != baseline);
     let ratios = others
-        .flat_map(|name| Metric::ALL.map(|metric| ratio(name, metric, &of(name), &base, seed)))
+        .flat_map(|names| Metric::ALL.map(|metric| ratio(*names, metric, &of(names.0), &of(names.1), seed)))
         .flatten()
         .collect();
     Summary { scenario, servers, ratios }
@@ -111,7 +115,7 @@ fn cost(metric: Metric, samples: &[&Sample]) -> Option<Cost> {
 }
 
 /// Pairs by round: a round in which either run was void gives no pair.
-fn ratio(name: &str, metric: Metric, samples: &[&Sample], base: &[&Sample], seed: u64) -> Option<Ratio> {
+fn ratio(names: Names<'_>, metric: Metric, samples: &[&Sample], base: &[&Sample], seed: u64) -> Option<Ratio> {
     let total = |sample: &Sample| metric.of(sample).map(|[_, _, total]| total);
     let pair = |sample: &&Sample| {
         let other = base.iter().find(|other| other.round == sample.round)?;
@@ -119,8 +123,8 @@ fn ratio(name: &str, metric: Metric, samples: &[&Sample], base: &[&Sample], seed
     };
     let ratios: Vec<f64> = samples.iter().filter_map(pair).collect();
     let (low, high) = bootstrap_median(&ratios, seed)?;
-    let (server, pairs) = (name.to_owned(), ratios.len());
-    Some(Ratio { server, metric, pairs, median: median(&ratios)?, low, high })
+    let (server, baseline, pairs) = (names.0.to_owned(), names.1.to_owned(), ratios.len());
+    Some(Ratio { server, baseline, metric, pairs, median: median(&ratios)?, low, high })
 }
 
 #[cfg(test)]
@@ -153,7 +157,7 @@ mod tests {
             sample("a", 1, 200.0),
             sample("b", 2, 999.0),
         ];
-        let summary = summarise("s", &samples, &["a", "b", "absent"], "a", 1);
+        let summary = summarise("s", &samples, &[("a", "a"), ("b", "a"), ("absent", "a")], 1);
         let [ratio] = &summary.ratios[..] else { panic!("{summary:?}") };
         assert_eq!((ratio.pairs, ratio.median, ratio.low, ratio.high), (2, 0.5, 0.5, 0.5));
         assert_eq!(ratio.verdict(), Verdict::Undecided, "two pairs prove nothing");
@@ -163,8 +167,8 @@ mod tests {
     #[test]
     fn verdicts_need_pairs_and_an_interval_on_one_side() {
         let verdict = |pairs, low, high| {
-            let (server, metric) = ("b".to_owned(), Metric::CpuTime);
-            Ratio { server, metric, pairs, median: 1.0, low, high }.verdict()
+            let (server, baseline, metric) = ("b".to_owned(), "a".to_owned(), Metric::CpuTime);
+            Ratio { server, baseline, metric, pairs, median: 1.0, low, high }.verdict()
         };
         assert_eq!(verdict(6, 0.8, 0.9), Verdict::Wins);
         assert_eq!(verdict(6, 1.1, 1.2), Verdict::Loses);
@@ -174,7 +178,7 @@ mod tests {
 
     #[test]
     fn costs_are_per_request() {
-        let summary = summarise("s", &[sample("a", 0, 100.0)], &["a"], "a", 1);
+        let summary = summarise("s", &[sample("a", 0, 100.0)], &[("a", "a")], 1);
         let [cost] = &summary.servers[0].costs[..] else { panic!("{summary:?}") };
         assert_eq!((cost.user, cost.kernel, cost.total), (25.0, 75.0, 100.0));
         assert!((summary.servers[0].busy - 0.05).abs() < 1e-9);
