@@ -26,6 +26,7 @@ help:
 	@echo 'make semver       does the interface break that of the last tag, or BASELINE=REVISION? (with cargo-semver-checks)'
 	@echo 'make bench        micro benches: driver, inbox, steering, timers'
 	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
+	@echo '                  PEERS_ARGS=adapters: closure, hyper, tower and axum beside tokio; PEERS_ARGS=instructions: counted'
 	@echo 'make proofs       long runs (PROOFS in the Makefile names all); which ones in PROOFS="..."; flags in PROOFS_ARGS'
 
 run: toolchain

@@ -31,7 +31,6 @@ pub async fn answer<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Inf
 }
 
 /// The same as an axum router: axum gives text the same `content-type`.
-#[must_use]
 pub fn router() -> Router {
     Router::new().route("/", get(async || BODY))
 }

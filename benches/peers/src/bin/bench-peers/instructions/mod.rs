@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use ringleader_peers::pin_to;
 
-use self::load::{Gauge, Load, Pattern};
+use self::load::{Gauge, Load};
 use self::report::{Cost, Row};
 use crate::check::check;
 use crate::options::{ADAPTERS, Server, known};
@@ -36,11 +36,8 @@ pub struct Options {
     /// Connections, each with one request at a time; repeatable.
     #[arg(long, default_value = "64", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1000))]
     connections: Vec<u32>,
-    /// When the next request follows an answer; repeatable.
-    #[arg(long, default_value = "saturated", value_delimiter = ',', value_enum)]
-    pattern: Vec<Pattern>,
     /// Rounds that are counted: as many answers as there are connections each.
-    #[arg(long, default_value = "15", value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u16).range(1..=10_000))]
     rounds: u16,
     /// Seconds of load at full speed before that, in which CPU time is taken.
     #[arg(long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..=3600))]
@@ -73,25 +70,20 @@ pub fn run(options: &Options) -> Result<(), String> {
     let step = options.step || !perf::probe().is_ok_and(|counters| counters.has_hardware());
     print!("{}", report::preamble(&process::machine(), step, options.rounds));
     let mut port = options.port;
-    for pattern in &options.pattern {
-        for connections in &options.connections {
-            let mut rows: Vec<Row> = Vec::new();
-            for server in &servers {
-                let run = Run { options, pattern: *pattern, connections: *connections, step, port };
-                let mut row = run.count(server, &bin).map_err(|why| format!("{}: {why}", server.name))?;
-                row.baseline = server.baseline(&servers, &options.baseline).to_owned();
-                if let Some(other) = rows.first().filter(|first| first.answer != row.answer) {
-                    let (one, two) = (&other.answer, &row.answer);
-                    return Err(format!(
-                        "answers differ, so the work does: {} {one:?}, {} {two:?}",
-                        other.server, row.server
-                    ));
-                }
-                rows.push(row);
-                port += 1;
+    for connections in &options.connections {
+        let mut rows: Vec<Row> = Vec::new();
+        for server in &servers {
+            let run = Run { options, connections: *connections, step, port };
+            let mut row = run.count(server, &bin).map_err(|why| format!("{}: {why}", server.name))?;
+            row.baseline = server.baseline(&servers, &options.baseline).to_owned();
+            if let Some(first) = rows.first().filter(|first| first.answer != row.answer) {
+                let (one, two) = (&first.answer, &row.answer);
+                return Err(format!("the answers of {} and {} differ: {one:?}, {two:?}", first.server, row.server));
             }
-            print!("{}", report::table(*pattern, *connections, &rows, options.profile));
+            rows.push(row);
+            port += 1;
         }
+        print!("{}", report::table(*connections, &rows, options.profile));
     }
     Ok(())
 }
@@ -110,7 +102,6 @@ impl Options {
 /// One server under one load.
 struct Run<'a> {
     options: &'a Options,
-    pattern: Pattern,
     connections: u32,
     step: bool,
     port: u16,
@@ -122,7 +113,7 @@ impl Run<'_> {
         wait_until_free(port)?;
         let process = Process::start(&server.arguments(options.server_cpu, bin, port), options.server_cpu, port)?;
         let answer = check(port)?;
-        let load = Load::connect(port, self.connections, self.pattern, answer.len());
+        let load = Load::connect(port, self.connections, answer.len());
         let load = load.map_err(|error| format!("connect to port {port}: {error}"))?;
         let gauge = Gauge::default();
         let (bytes, load_cpu) = (answer.len(), options.load_cpu);

@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use super::clock::NS_PER_INSTRUCTION;
-use super::load::Pattern;
 use crate::report::thousands;
 use crate::stats::spread;
 
@@ -46,9 +45,8 @@ pub fn preamble(machine: &str, stepped: bool, rounds: u16) -> String {
             "counted: USER instructions only, one by one (ptrace), of the server's busiest thread; the kernel's are NOT in the
   figure, since this machine gives perf no counters. Repetitions of a string instruction count once, as counters do.
   System calls are those made in the counted time. The stepped thread is a thousand times slower than usual, so
-  - `saturated`: by the server's next look at its sockets every client has asked again. All turns are full, as under
-    a load that the server can just not keep up with; with few connections a real server finds fewer at a time;
-  - `asleep`: the server sleeps before each round, is woken by its first request and then finds the others;
+  - by its next look at its sockets every client has asked again: all turns are full, as under a load that it can
+    just not keep up with. With few connections a real server finds fewer at a time;
   - its clock goes {NS_PER_INSTRUCTION} ns per instruction, so that what is done by the clock is not done more often per request;
   - its other threads stand still."
         )
@@ -67,9 +65,8 @@ CPU time: of all threads, at full speed, before the counting; a figure to rank b
 }
 
 /// All servers under one load.
-pub fn table(pattern: Pattern, connections: u32, rows: &[Row], functions: usize) -> String {
-    let name = pattern.name();
-    let mut text = format!("\n== {connections} connections, {name}\n");
+pub fn table(connections: u32, rows: &[Row], functions: usize) -> String {
+    let mut text = format!("\n== {connections} connections\n");
     text.push_str("  per request        instructions    min to max       ratio                CPU µs: user kernel total   system calls\n");
     for row in rows {
         let Row { server, cost, cpu_us: [user, kernel, total], .. } = row;
@@ -132,7 +129,7 @@ mod tests {
 
     #[test]
     fn ratios_are_to_the_baseline() {
-        let text = table(Pattern::Saturated, 64, &[row("tokio", 5000.0), row("ringleader", 4000.0)], 1);
+        let text = table(64, &[row("tokio", 5000.0), row("ringleader", 4000.0)], 1);
         assert!(text.contains("4,000    3,999 to 4,001   0.800 to tokio"), "{text}");
         assert!(text.contains("sendto 1.000") && text.contains("9.0  f"), "{text}");
     }

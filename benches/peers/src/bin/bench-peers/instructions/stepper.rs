@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
@@ -17,6 +18,7 @@ use nix::unistd::Pid;
 
 use super::clock::{Call, Clock};
 use super::load::Gauge;
+use super::symbols;
 
 /// `syscall`, in machine code.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
@@ -29,8 +31,17 @@ pub struct Counted {
     pub requests: u64,
     /// System calls by number.
     pub calls: BTreeMap<u64, u64>,
-    /// Instructions by address.
-    pub addresses: HashMap<u64, u64>,
+    /// Instructions by address; those of libraries at the place in the program that called for them.
+    pub addresses: HashMap<Place, u64>,
+}
+
+/// Where an instruction is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    Program(u64),
+    /// In a library, on behalf of this place of the program: libraries are mostly stripped, and who copies and allocates
+    /// is the question.
+    LibraryFor(u64),
 }
 
 /// A process whose threads stand still. Dropping it lets them go.
@@ -43,8 +54,12 @@ pub struct Stepper {
     memory: fs::File,
     /// Whether the instruction at an address is a system call.
     sites: HashMap<u64, bool>,
+    /// Where the program's own code is.
+    program: Range<u64>,
     /// Where the thread is.
     at: u64,
+    /// Where it comes back to from a library.
+    back_in_program: u64,
     /// Where it comes back to from the clock.
     back_from_clock: Option<u64>,
     /// A signal that the thread is to get with its next step.
@@ -59,10 +74,11 @@ impl Stepper {
         };
         let memory = || fs::File::options().read(true).write(true).open(format!("/proc/{process}/mem"));
         let maps = fs::read_to_string(format!("/proc/{process}/maps"));
-        let clock = Clock::find(
-            memory().map_err(|error| failed("open the memory of", &error))?,
-            &maps.map_err(|error| failed("read the mappings of", &error))?,
-        )?;
+        let maps = maps.map_err(|error| failed("read the mappings of", &error))?;
+        let clock = Clock::find(memory().map_err(|error| failed("open the memory of", &error))?, &maps)?;
+        let program =
+            fs::read_link(format!("/proc/{process}/exe")).map_err(|error| failed("find the program of", &error))?;
+        let program = symbols::code(&maps, &program.display().to_string());
         let tasks = fs::read_dir(format!("/proc/{process}/task")).map_err(|error| failed("list threads of", &error))?;
         let tasks = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
         let mut stepper = Self {
@@ -71,7 +87,9 @@ impl Stepper {
             clock,
             memory: memory().map_err(|error| failed("open the memory of", &error))?,
             sites: HashMap::new(),
+            program: program.ok_or("the process does not show its program")?,
             at: 0,
+            back_in_program: 0,
             back_from_clock: None,
             signal: None,
         };
@@ -90,7 +108,6 @@ impl Stepper {
         let mut instructions = 0;
         let (mut round_began, mut answers) = (0, gauge.answers.load(Ordering::SeqCst));
         let (mut seen, first) = (0, answers);
-        gauge.stepped.store(true, Ordering::SeqCst);
         while counted.rounds.len() < rounds {
             let now = gauge.answers.load(Ordering::Relaxed);
             if now - first >= per_round * (seen + 1) {
@@ -106,20 +123,33 @@ impl Stepper {
             }
             let from = self.at;
             let call = self.call_at(from)?;
-            self.step(gauge, call.is_some())?;
+            self.step()?;
             // An instruction with a repeat prefix is stepped once for each repetition; counters count it once.
             if self.at != from {
                 instructions += 1;
-                *counted.addresses.entry(from).or_default() += 1;
-                gauge.steps.store(instructions, Ordering::Relaxed);
+                *counted.addresses.entry(self.place(from)?).or_default() += 1;
             }
             if let Some(number) = call {
                 *counted.calls.entry(number).or_default() += 1;
             }
             self.set_clock(instructions)?;
         }
-        gauge.stepped.store(false, Ordering::SeqCst);
         Ok(counted)
+    }
+
+    /// Where the instruction counts that the thread has just left.
+    fn place(&mut self, from: u64) -> Result<Place, String> {
+        if !self.program.contains(&from) {
+            return Ok(Place::LibraryFor(self.back_in_program));
+        }
+        if !self.program.contains(&self.at) {
+            let mut bytes = [0; 8];
+            let stack = self.registers()?.rsp;
+            let read = self.memory.read_exact_at(&mut bytes, stack);
+            read.map_err(|error| format!("read a thread's stack: {error}"))?;
+            self.back_in_program = u64::from_ne_bytes(bytes);
+        }
+        Ok(Place::Program(from))
     }
 
     /// The number of the system call that is at an address, if there is one.
@@ -138,10 +168,9 @@ impl Stepper {
     }
 
     /// One instruction.
-    fn step(&mut self, gauge: &Gauge, is_call: bool) -> Result<(), String> {
+    fn step(&mut self) -> Result<(), String> {
         let failed = |error: Errno| format!("step a thread: {error}");
         ptrace::step(self.thread, self.signal.take()).map_err(failed)?;
-        gauge.in_kernel.store(is_call, Ordering::SeqCst);
         loop {
             match waitpid(self.thread, Some(WaitPidFlag::__WALL)).map_err(failed)? {
                 WaitStatus::Stopped(_, Signal::SIGTRAP) => break,
@@ -153,10 +182,6 @@ impl Stepper {
                 WaitStatus::PtraceEvent(..) => ptrace::step(self.thread, None).map_err(failed)?,
                 ended => return Err(format!("the stepped thread has ended: {ended:?}")),
             }
-        }
-        gauge.in_kernel.store(false, Ordering::SeqCst);
-        while gauge.hold.load(Ordering::SeqCst) {
-            std::thread::yield_now();
         }
         self.at = self.instruction_pointer()?;
         Ok(())

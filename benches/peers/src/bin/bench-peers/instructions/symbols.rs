@@ -2,9 +2,12 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
 
 use object::{Object, ObjectSymbol, SymbolMap, SymbolMapName};
 use rustc_demangle::demangle;
+
+use super::stepper::Place;
 
 /// A mapped file's code.
 struct Mapping {
@@ -16,7 +19,7 @@ struct Mapping {
 }
 
 /// Instructions by function, the most first.
-pub fn by_function(process: u32, addresses: &HashMap<u64, u64>) -> Vec<(String, u64)> {
+pub fn by_function(process: u32, places: &HashMap<Place, u64>) -> Vec<(String, u64)> {
     let maps = fs::read_to_string(format!("/proc/{process}/maps")).unwrap_or_default();
     let mappings = mappings(&maps);
     let mut files: HashMap<&str, Vec<u8>> = HashMap::new();
@@ -24,18 +27,29 @@ pub fn by_function(process: u32, addresses: &HashMap<u64, u64>) -> Vec<(String, 
         files.entry(&mapping.path).or_insert_with(|| fs::read(&mapping.path).unwrap_or_default());
     }
     let symbols: HashMap<_, _> = files.iter().map(|(path, bytes)| (*path, symbols(bytes))).collect();
-    let mut functions: HashMap<String, u64> = HashMap::new();
-    for (address, count) in addresses {
-        let mapping = mappings.iter().find(|mapping| (mapping.start..mapping.end).contains(address));
-        let name = mapping.map_or("elsewhere (vDSO)".to_owned(), |mapping| {
+    let name = |address: u64| {
+        let mapping = mappings.iter().find(|mapping| (mapping.start..mapping.end).contains(&address));
+        mapping.map_or("elsewhere".to_owned(), |mapping| {
             let symbol = symbols[mapping.path.as_str()].before(address - mapping.base);
             symbol.map_or_else(|| mapping.path.clone(), |symbol| format!("{:#}", demangle(symbol.name())))
-        });
+        })
+    };
+    let mut functions: HashMap<String, u64> = HashMap::new();
+    for (place, count) in places {
+        let name = match place {
+            Place::Program(address) => name(*address),
+            Place::LibraryFor(address) => format!("(C library) for {}", name(*address)),
+        };
         *functions.entry(name).or_default() += count;
     }
     let mut functions: Vec<_> = functions.into_iter().collect();
     functions.sort_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
     functions
+}
+
+/// Where a file's code is mapped, by the text of `/proc/PID/maps`.
+pub fn code(maps: &str, path: &str) -> Option<Range<u64>> {
+    mappings(maps).into_iter().find(|mapping| mapping.path == path).map(|mapping| mapping.start..mapping.end)
 }
 
 fn mappings(maps: &str) -> Vec<Mapping> {
