@@ -56,6 +56,11 @@ impl<F: Future> Future for Contained<F> {
     }
 }
 
+/// What a closure returns, or its panic.
+pub(crate) fn contain<T>(call: impl FnOnce() -> T) -> Result<T, Panic> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(caught)
+}
+
 /// Counts a request as being answered, from the service's call to the end of the response's body.
 pub(crate) struct InFlight {
     core: Rc<Core>,

@@ -20,7 +20,7 @@ use hyper::body::Incoming;
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 
-use super::answer::{Contained, InFlight, closing_text, overloaded, respond};
+use super::answer::{Contained, InFlight, closing_text, contain, overloaded, respond};
 use super::outgoing::{self, OUT_OF_TURN, Outgoing};
 use crate::BoxError;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
@@ -97,8 +97,12 @@ impl<S: Service> Speak for Http1<S> {
                 if oversized {
                     return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
                 }
-                // The call itself is contained too: a service may do its work before it returns a future.
-                let result = Contained::new(async move { service.call(request).await }).await;
+                // The call itself is contained too: a service may do its work before it returns a future. Not within that
+                // future, which would then keep room for the request twice.
+                let result = match contain(|| service.call(request)) {
+                    Ok(future) => Contained::new(future).await,
+                    Err(panic) => Err(panic),
+                };
                 Ok(respond(result, in_flight, may_go_past_hyper))
             })
         });
