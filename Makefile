@@ -14,11 +14,12 @@ BASELINE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
 # In order of the time they take, the shortest first.
 PROOFS ?= spread panics activation crash-loop bodies stall scale idle orders escapes upgrades ramp faults soak
 
-.PHONY: help run test test-asan check advisories msrv semver bench bench-peers proofs clean toolchain test-tools bench-tools proof-tools
+.PHONY: help run test test-model test-asan check advisories msrv semver bench bench-peers proofs clean toolchain test-tools bench-tools proof-tools
 
 help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
-	@echo 'make test         every test: unit, integration, documentation, examples; then test-asan'
+	@echo 'make test         every test: unit, integration, documentation, examples; then test-model, test-asan'
+	@echo 'make test-model   every interleaving of the inbox, its wake-up and calls (with loom)'
 	@echo 'make test-asan    the tests of network, files and system calls under AddressSanitizer'
 	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
 	@echo 'make advisories   known defects of dependencies (with cargo-deny and the network)'
@@ -34,7 +35,12 @@ run: toolchain
 
 test: toolchain test-tools
 	$(CARGO) test --features $(FEATURES)
+	$(MAKE) test-model
 	$(MAKE) test-asan
+
+# LOOM_MAX_PREEMPTIONS=3 looks further, and takes a minute more.
+test-model: toolchain
+	$(CARGO) test --package ringleader-model
 
 # The sanitizer is not stable yet, but every stable x86-64 toolchain has it: RUSTC_BOOTSTRAP=1 lets it be used. A target
 # is named so that build scripts and procedural macros stay without it. What is tested is what has unsafe code.

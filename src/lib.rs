@@ -211,6 +211,7 @@ mod shard;
 mod shard_local;
 mod steering;
 mod supervisor;
+mod sync;
 mod sys;
 mod systemd;
 #[cfg(feature = "glommio")]

@@ -52,12 +52,12 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("systemd", &["sys", "upgrade"]),
     ("upgrade", &["sys"]),
     ("handle", &["root", "executor", "order", "shard", "supervisor"]),
-    ("peers", &["executor", "panics", "protocol", "shard"]),
+    ("peers", &["executor", "panics", "protocol", "shard", "sync"]),
     ("shard", &["root", "blocking", "executor", "handle", "protocol", "shard_local", "sys", "task_queue", "time"]),
     ("task_queue", &["root", "error", "executor", "shard"]),
     ("shard_local", &["executor", "panics"]),
     ("protocol", &["root", "body", "executor", "files", "net", "panics", "server", "service", "settings", "time"]),
-    ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "shard_local", "sys"]),
+    ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "shard_local", "sync", "sys"]),
     ("net", &["executor", "sys"]),
     ("blocking", &["panics", "sys"]),
     ("panics", &["settings"]),
@@ -70,6 +70,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("files", &[]),
     ("error", &[]),
     ("settings", &[]),
+    ("sync", &[]),
     ("sys", &[]),
 ];
 

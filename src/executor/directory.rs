@@ -9,9 +9,10 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 
-use super::inbox::{Inbox, Job, Refusal};
+use super::inbox::{Inbox, Job, Posted, Refusal};
+use crate::sync::RwLock;
 
 /// Two cache lines: adjacent ones are fetched in pairs.
 #[repr(align(128))]
@@ -94,9 +95,7 @@ impl Directory {
         };
         let seated = row.0.read().unwrap_or_else(PoisonError::into_inner);
         let Some(inbox) = seated.as_ref() else { return Err((Refusal::Down, job)) };
-        inbox.post(job)?;
-        if !inbox.is_open() {
-            // It was closed meanwhile, and perhaps emptied before the job was there.
+        if inbox.post(job)? == Posted::Late {
             let inbox = Arc::clone(inbox);
             drop(seated);
             inbox.drop_jobs();

@@ -1,29 +1,36 @@
 //! What other threads can put before an executor: orders of the supervisor, jobs, and wakes of its tasks.
 //!
-//! A busy executor looks at one flag per turn and makes no system call. One that sleeps has said so first; the poster
+//! A busy executor looks at one word per turn and makes no system call. One that sleeps has said so first; the poster
 //! that finds it asleep writes the eventfd, once for however many messages follow.
 //!
-//! No wake is lost: the poster publishes its message, then reads `asleep`; the executor sets `asleep`, then looks for
-//! messages. Both steps are sequentially consistent, so at least one of the two sees the other.
+//! All that is said is in that word ([`ASLEEP`], [`OPEN`], [`ANNOUNCED`]), and said by read-modify-writes only: they have one
+//! order, and whoever acquires sees what was done before each earlier one. With a flag of its own for each, two fences
+//! would order poster and executor, but one poster's store would cover another's: who reads it sees the second message,
+//! and need not see the first.
 //!
-//! No job is forgotten: an inbox takes jobs only while it is open. The poster publishes its job, then looks whether the
-//! inbox is still open; who closes it says so first, then throws away what is there. One of the two meets the job, by the
-//! same argument.
+//! No wake is lost: the poster publishes its message, then announces it; the executor says that it sleeps unless something
+//! is announced. If the poster comes first the executor does not sleep; else the poster finds it asleep. Who wipes
+//! announcements out sees the messages of all of them.
+//!
+//! No job is forgotten: an inbox takes jobs only while it is open. Who closes it says so first, then throws away what is
+//! there. A poster that came before has its job thrown away; one that comes later finds the inbox closed as it announces
+//! its job, and has to throw it away itself.
+//!
+//! `tests/model` runs this file through every interleaving.
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use crossbeam_queue::{ArrayQueue, SegQueue};
 use slab::Slab;
 
 use crate::executor::core::Core;
 use crate::panics::caught;
+use crate::sync::{ArrayQueue, AtomicUsize, Mutex, MutexGuard, Ordering, SegQueue};
 use crate::sys::eventfd::EventFd;
 
 /// Jobs that may wait in one inbox; the next one is refused at once ([`Refusal::Full`]), never waited for: two executors that
@@ -58,6 +65,14 @@ pub(crate) struct Handed {
     pub listener: Arc<str>,
 }
 
+/// The executor sleeps, or is about to: whoever announces something first has to signal it.
+const ASLEEP: usize = 1;
+/// Jobs are taken.
+const OPEN: usize = 2;
+/// Counts what has been put in since the queues were last looked into. Nobody asks how many: to add is one instruction on
+/// every processor, to set a bit and get the word as it was is a loop.
+const ANNOUNCED: usize = 4;
+
 /// Why a job was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -65,6 +80,16 @@ pub(crate) enum Refusal {
     Full,
     /// There is no generation, and none is starting.
     Down,
+}
+
+/// What becomes of a job that was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "one that came too late is to be thrown away"]
+pub(crate) enum Posted {
+    /// It is run, or thrown away when the inbox is closed.
+    InTime,
+    /// The inbox was closed meanwhile, and perhaps emptied before the job was there.
+    Late,
 }
 
 /// A call that an executor has begun and not answered yet.
@@ -98,10 +123,8 @@ pub(crate) struct Inbox {
     handed: SegQueue<Handed>,
     /// Tasks woken from other threads; bounded by the number of tasks, for a task is queued once.
     wakes: SegQueue<u32>,
-    filled: AtomicBool,
-    asleep: AtomicBool,
-    /// Whether jobs are taken.
-    open: AtomicBool,
+    /// [`ASLEEP`], [`OPEN`], and in units of [`ANNOUNCED`] the announcements.
+    said: AtomicUsize,
     begun: Mutex<Begun>,
     eventfd: EventFd,
 }
@@ -113,9 +136,7 @@ impl Inbox {
             jobs: ArrayQueue::new(JOBS_MAX),
             handed: SegQueue::new(),
             wakes: SegQueue::new(),
-            filled: AtomicBool::new(false),
-            asleep: AtomicBool::new(false),
-            open: AtomicBool::new(false),
+            said: AtomicUsize::new(0),
             begun: Mutex::default(),
             eventfd: EventFd::new()?,
         })
@@ -132,7 +153,7 @@ impl Inbox {
         if !begun.open {
             begun.open = true;
             begun.opened += 1;
-            self.open.store(true, Ordering::SeqCst);
+            self.said.fetch_or(OPEN, Ordering::AcqRel);
         }
     }
 
@@ -141,18 +162,17 @@ impl Inbox {
     pub(crate) fn close(&self) {
         let mut begun = self.begun();
         begun.open = false;
-        self.open.store(false, Ordering::SeqCst);
+        self.said.fetch_and(!OPEN, Ordering::AcqRel);
         let calls = std::mem::take(&mut begun.calls);
         drop(begun);
-        fence(Ordering::SeqCst);
         self.drop_jobs();
         for (_, call) in calls {
             guard(|| call.lose());
         }
     }
 
-    pub(crate) fn is_open(&self) -> bool {
-        self.open.load(Ordering::SeqCst)
+    fn is_open(&self) -> bool {
+        self.said.load(Ordering::Relaxed) & OPEN != 0
     }
 
     /// Throws away the jobs that wait; their callers are told by the drop.
@@ -162,18 +182,17 @@ impl Inbox {
         }
     }
 
-    /// Adds a job. If the inbox [is not open](Inbox::is_open) any more afterwards, who posts has to
-    /// [throw away](Inbox::drop_jobs) what may have come too late; not under a lock, for what jobs own is dropped there.
+    /// Adds a job. When it [came too late](Posted::Late), who posts has to [throw it away](Inbox::drop_jobs); not under a
+    /// lock, for what jobs own is dropped there.
     ///
     /// # Errors
     /// [`Refusal`], at once, with the job.
-    pub(crate) fn post(&self, job: Job) -> Result<(), (Refusal, Job)> {
+    pub(crate) fn post(&self, job: Job) -> Result<Posted, (Refusal, Job)> {
         if !self.is_open() {
             return Err((Refusal::Down, job));
         }
         self.jobs.push(job).map_err(|job| (Refusal::Full, job))?;
-        self.announce();
-        Ok(())
+        Ok(if self.announce() & OPEN != 0 { Posted::InTime } else { Posted::Late })
     }
 
     fn begun(&self) -> MutexGuard<'_, Begun> {
@@ -210,29 +229,28 @@ impl Inbox {
         self.announce();
     }
 
-    fn announce(&self) {
-        self.filled.store(true, Ordering::Release);
-        fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::AcqRel) {
+    /// To be called when something has been put in. What had been said before.
+    fn announce(&self) -> usize {
+        let before = self.said.fetch_add(ANNOUNCED, Ordering::AcqRel);
+        if before < ANNOUNCED && before & ASLEEP != 0 {
             self.eventfd.signal();
         }
+        before
     }
 
     /// Whether anything has been put in since [`Inbox::begin`]; one load.
     pub(crate) fn is_filled(&self) -> bool {
-        self.filled.load(Ordering::Relaxed)
+        self.said.load(Ordering::Relaxed) >= ANNOUNCED
     }
 
     /// To be called before emptying the queues: what comes later announces itself anew.
-    ///
-    /// A swap, not a store: it reads the last announcement it wipes out, so that message is seen by the queues' `pop`.
     pub(crate) fn begin(&self) {
-        self.filled.swap(false, Ordering::AcqRel);
+        self.said.fetch_and(ASLEEP | OPEN, Ordering::AcqRel);
     }
 
     /// Undoes [`Inbox::begin`]: the queues have not been emptied.
     pub(crate) fn look_again(&self) {
-        self.filled.store(true, Ordering::Release);
+        self.said.fetch_add(ANNOUNCED, Ordering::AcqRel);
     }
 
     /// Forgets orders that were meant for a thread that has ended.
@@ -268,17 +286,12 @@ impl Inbox {
 
     /// Says that the executor is about to sleep; false when it must not, since there is something here.
     pub(crate) fn fall_asleep(&self) -> bool {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        if self.is_filled() {
-            self.asleep.store(false, Ordering::Relaxed);
-            return false;
-        }
-        true
+        let asleep = |said| (said < ANNOUNCED).then_some(said | ASLEEP);
+        self.said.fetch_update(Ordering::AcqRel, Ordering::Relaxed, asleep).is_ok()
     }
 
     pub(crate) fn awake(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
+        self.said.fetch_and(!ASLEEP, Ordering::AcqRel);
     }
 }
 
@@ -368,7 +381,7 @@ mod tests {
         assert!(sleeps > 100, "the receiver was hardly ever asleep ({sleeps} times): nothing was tested");
     }
 
-    fn refusal(posted: Result<(), (Refusal, Job)>) -> Option<Refusal> {
+    fn refusal(posted: Result<Posted, (Refusal, Job)>) -> Option<Refusal> {
         posted.err().map(|(refusal, _)| refusal)
     }
 
@@ -440,8 +453,7 @@ mod tests {
                 std::thread::spawn(move || {
                     for _ in 0..20_000 {
                         let owned = Arc::clone(&owned);
-                        let posted = inbox.post(Box::new(move |_| drop(owned)));
-                        if posted.is_ok() && !inbox.is_open() {
+                        if matches!(inbox.post(Box::new(move |_| drop(owned))), Ok(Posted::Late)) {
                             inbox.drop_jobs();
                         }
                     }

@@ -4,10 +4,11 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::executor::inbox::{Outstanding, Refusal};
+use crate::sync::{Mutex, MutexGuard};
 
 /// Why a message has no answer.
 ///

@@ -9,6 +9,7 @@ use super::policy::SlotState;
 use crate::Error;
 use crate::error::Kind;
 use crate::executor::core::{Core, Failure};
+use crate::executor::inbox::Posted;
 use crate::order::Promise;
 
 /// A fault to try one's own behaviour with. The order to [`provoke`](crate::test::provoke) it is done when it begins.
@@ -83,8 +84,11 @@ impl Supervisor {
                     answer.give(Ok(()));
                     what.strike(core);
                 };
-                // Refused, the job is dropped, and its answer with it.
-                let _ = self.seats[slot].inbox.post(Box::new(strike));
+                // Dropped when it is refused or comes too late, and its answer with it.
+                let inbox = &self.seats[slot].inbox;
+                if matches!(inbox.post(Box::new(strike)), Ok(Posted::Late)) {
+                    inbox.drop_jobs();
+                }
             }
             Some(state) => answer.give(refusal(format!("slot {slot} has no executor that serves: it is {state:?}"))),
             None => answer.give(refusal(format!("there is no slot {slot}, only {}", self.seats.len()))),

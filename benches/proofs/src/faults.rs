@@ -99,10 +99,10 @@ const FAULTS: &[Fault] = &[
     Fault { name: "no CPU for one executor", act: Act::Hog, ..NONE },
     Fault {
         name: "prlimit --nofile in flight",
+        inject: None,
         act: Act::Limit,
         costs: true,
         said: &["accept4", "open files"],
-        ..NONE
     },
 ];
 

@@ -1,0 +1,136 @@
+//! Ringleader's own file of the answers, beside it the lines of `src/peers.rs` that make a call, without what a core does
+//! for it, and the models of calls.
+
+#[path = "../../../src/peers/call.rs"]
+pub mod call;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+
+use loom::thread;
+
+use self::call::{Call, PeerError, Promise};
+use crate::executor::directory::Directory;
+use crate::executor::inbox::{Inbox, Job};
+use crate::models::close_elsewhere;
+use crate::receiver::Receiver;
+
+const ANSWER: u8 = 1;
+
+/// As `Peers::call` with a message that answers at once.
+fn call(directory: &Directory, receiver: &Arc<Inbox>) -> Call<u8> {
+    let (promise, call) = Call::new();
+    let answer = Arc::clone(promise.answer());
+    let receiver = Arc::clone(receiver);
+    let job: Job = Box::new(move |_| {
+        if let Some(keep) = begin(receiver, promise) {
+            keep();
+        }
+    });
+    if let Err((refusal, job)) = directory.post(0, job) {
+        answer.settle(Err(refusal.into()));
+        drop(job);
+    }
+    call
+}
+
+/// As `peers::begin`; what it returns ends the call.
+fn begin(inbox: Arc<Inbox>, promise: Promise<u8>) -> Option<impl FnOnce()> {
+    let key = inbox.begin_call(promise.answer().clone())?;
+    Some(move || {
+        inbox.end_call(key);
+        promise.keep(Ok(ANSWER));
+    })
+}
+
+/// The caller's task.
+struct Task(Arc<Inbox>);
+
+impl Wake for Task {
+    fn wake(self: Arc<Self>) {
+        self.0.wake(0);
+    }
+}
+
+/// The caller's executor: polls the call whenever its task is woken, and sleeps in between.
+fn outcome(mut call: Call<u8>) -> Result<u8, PeerError> {
+    let (_, mut home) = Receiver::new();
+    let waker = Waker::from(Arc::new(Task(Arc::clone(&home.inbox))));
+    let mut poll = || Pin::new(&mut call).poll(&mut Context::from_waker(&waker));
+    let mut outcome = poll();
+    if outcome.is_pending() {
+        home.run(|taken| {
+            if !taken.wakes.is_empty() {
+                outcome = poll();
+            }
+            outcome.is_ready()
+        });
+    }
+    match outcome {
+        Poll::Ready(outcome) => outcome,
+        Poll::Pending => unreachable!("it has just been looked at"),
+    }
+}
+
+/// An executor calls another one, which takes in once, at any time, and then ends.
+pub fn an_executor_is_called_and_ends() {
+    let (directory, receiver) = Receiver::new();
+    let inbox = Arc::clone(&receiver.inbox);
+    let callee = thread::spawn(move || {
+        let run = receiver.take_in().jobs;
+        receiver.inbox.close();
+        run
+    });
+    let outcome = outcome(call(&directory, &inbox));
+    match callee.join().unwrap() {
+        0 => assert!(matches!(outcome, Err(PeerError::Lost | PeerError::Down)), "{outcome:?}"),
+        _ => assert_eq!(outcome, Ok(ANSWER)),
+    }
+}
+
+/// An executor that was called answers when the supervisor has given it up for hanging. Without `note` it was never noted
+/// that the call had begun.
+pub fn a_call_is_answered_while_its_executor_is_given_up() {
+    let (_, receiver) = Receiver::new();
+    let (promise, call) = Call::new();
+    let keep = begin(Arc::clone(&receiver.inbox), promise).expect("it is open");
+    let callee = thread::spawn(keep);
+    let supervisor = close_elsewhere(&receiver.inbox);
+    assert!(matches!(outcome(call), Ok(ANSWER) | Err(PeerError::Lost)));
+    callee.join().unwrap();
+    supervisor.join().unwrap();
+}
+
+/// The supervisor gives up an executor that never answers, while that one begins a call. If `noted`, as ringleader does;
+/// else nobody can tell the caller.
+pub fn a_call_is_begun_while_its_executor_is_given_up(noted: bool) {
+    let (_, receiver) = Receiver::new();
+    let (promise, call) = Call::new();
+    let supervisor = close_elsewhere(&receiver.inbox);
+    let hung = thread::spawn(move || {
+        if noted {
+            std::mem::forget(begin(receiver.inbox, promise));
+        } else {
+            std::mem::forget(promise);
+        }
+    });
+    assert_eq!(outcome(call), Err(PeerError::Lost));
+    hung.join().unwrap();
+    supervisor.join().unwrap();
+}
+
+/// The caller looks once and goes away, while the answer comes.
+pub fn a_caller_goes_away_while_it_is_answered() {
+    let (_, receiver) = Receiver::new();
+    let (_, home) = Receiver::new();
+    let (promise, mut call) = Call::new();
+    let keep = begin(Arc::clone(&receiver.inbox), promise).expect("it is open");
+    let callee = thread::spawn(keep);
+    let waker = Waker::from(Arc::new(Task(Arc::clone(&home.inbox))));
+    let looked = Pin::new(&mut call).poll(&mut Context::from_waker(&waker));
+    drop(call);
+    callee.join().unwrap();
+    let woken = home.take_in().wakes.len();
+    assert_eq!(woken, usize::from(looked.is_pending()), "who was told to wait is woken, once");
+}
