@@ -13,7 +13,6 @@ mod perf;
 mod process;
 mod report;
 mod scenario;
-mod stats;
 mod summary;
 mod wrk;
 
@@ -95,7 +94,7 @@ impl Record {
             "pairs": options.pairs,
             "seconds": options.seconds,
             "seed": options.seed,
-            "bootstrap_resamples": stats::RESAMPLES,
+            "bootstrap_resamples": ringleader_peers::stats::RESAMPLES,
             "summaries": self.summaries,
             "void": self.voids,
             "samples": self.samples,

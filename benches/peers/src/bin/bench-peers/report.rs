@@ -6,8 +6,8 @@ use crate::measure::{Metric, Sample};
 use crate::options::{AGAIN, Options};
 use crate::perf::Counters;
 use crate::scenario::Scenario;
-use crate::stats::{RESAMPLES, median, spread};
 use crate::summary::{Cost, PAIRS_MIN, Ratio, Summary, Verdict};
+use ringleader_peers::stats::{RESAMPLES, median, spread};
 
 /// Fewer pairs than this make an interval that only looks like one.
 const PAIRS_FEW: usize = 15;

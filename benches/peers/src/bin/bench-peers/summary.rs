@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::measure::{Metric, Sample};
-use crate::stats::{bootstrap_median, median, spread};
+use ringleader_peers::stats::{bootstrap_median, median, spread};
 
 /// One scenario, all servers.
 #[derive(Debug, Serialize)]
