@@ -14,7 +14,7 @@ BASELINE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
 # In order of the time they take, the shortest first.
 PROOFS ?= spread panics activation crash-loop bodies stall scale idle orders escapes upgrades ramp faults soak
 
-.PHONY: help run test test-model test-asan check advisories msrv semver bench bench-peers proofs clean toolchain test-tools bench-tools proof-tools
+.PHONY: help run test test-model test-asan check advisories msrv semver bench bench-messages bench-peers proofs clean toolchain test-tools bench-tools proof-tools
 
 help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
@@ -26,6 +26,7 @@ help:
 	@echo 'make msrv         does the oldest Rust that Cargo.toml states compile it? (with rustup and that toolchain)'
 	@echo 'make semver       does the interface break that of the last tag, or BASELINE=REVISION? (with cargo-semver-checks)'
 	@echo 'make bench        micro benches: driver, inbox, steering, timers'
+	@echo 'make bench-messages  calls between executors beside channels and sockets; flags in MESSAGES_ARGS="..." (about 15 minutes)'
 	@echo 'make bench-peers  cost of a request beside rivals; other flags in PEERS_ARGS="..." (about 25 minutes)'
 	@echo '                  PEERS_ARGS=adapters: closure, hyper, tower and axum beside tokio; PEERS_ARGS=instructions: counted'
 	@echo 'make proofs       long runs (PROOFS in the Makefile names all); which ones in PROOFS="..."; flags in PROOFS_ARGS'
@@ -85,6 +86,10 @@ semver: toolchain
 
 bench: toolchain
 	$(CARGO) bench --features internals --bench '*'
+
+bench-messages: toolchain
+	$(CARGO) build --release --package ringleader-peers --bin bench-messages
+	$(TARGET)/release/bench-messages $(MESSAGES_ARGS)
 
 bench-peers: toolchain bench-tools
 	$(CARGO) build --release --package ringleader --package ringleader-peers

@@ -17,11 +17,11 @@ pub use call::{Call, PeerError};
 
 use crate::executor::core::{Core, Scene};
 use crate::executor::directory::Directory;
-use crate::executor::inbox::{CallKey, Job, Outstanding};
+use crate::executor::inbox::{CallKey, Errand, Job, Outstanding};
 use crate::panics::caught;
 use crate::protocol::answer::Contained;
 use crate::shard::{Shard, SlotId};
-use call::Promise;
+use call::{Exchange, Promise};
 
 /// The executors of a server, to send messages to. From [`Shard::peers`]; clone it and send it wherever you like. It does
 /// not keep the server running.
@@ -99,15 +99,7 @@ impl Peers {
         Fut: Future<Output = R> + 'static,
         R: Send + 'static,
     {
-        let (promise, call) = Call::new();
-        let answer = Arc::clone(promise.answer());
-        let job: Job = Box::new(move |core| begin(core, promise, message));
-        if let Err((refusal, job)) = self.0.post(to.0, job) {
-            // Before the job's drop, which would call it lost.
-            answer.settle(Err(refusal.into()));
-            drop(job);
-        }
-        call
+        call(&self.0, to, message)
     }
 }
 
@@ -126,25 +118,48 @@ impl fmt::Debug for Peers {
     }
 }
 
-/// On the receiving executor: begins a call, and keeps it as a task if it has to wait.
-fn begin<R, F, Fut>(core: &Rc<Core>, promise: Promise<R>, message: F)
+fn call<R, F, Fut>(directory: &Directory, to: SlotId, message: F) -> Call<R>
 where
-    F: FnOnce(Shard) -> Fut + 'static,
+    F: FnOnce(Shard) -> Fut + Send + 'static,
     Fut: Future<Output = R> + 'static,
     R: Send + 'static,
 {
-    let answer: Arc<dyn Outstanding> = promise.answer().clone();
-    // A thread that was given up while it hung: the promise's drop says so.
-    let Some(key) = core.inbox.begin_call(answer) else { return };
-    let (running, shard) = (Running::new(core, key), Shard::new(core));
-    core.spawn_begun(Box::pin(async move {
-        let outcome = Contained::new(async move { message(shard).await }).await.map_err(|panic| {
-            running.core.contained(Scene::Message, panic);
-            PeerError::Panicked
-        });
-        drop(running);
-        promise.keep(outcome);
-    }));
+    let (exchange, call) = Call::new(message);
+    let job = Job::Call(Errand::new(exchange.clone()));
+    if let Err((refusal, job)) = directory.post(to.0, job) {
+        // Before the job's drop, which would call it lost.
+        exchange.settle(Err(refusal.into()));
+        drop(job);
+    }
+    call
+}
+
+impl<R, F, Fut> Outstanding for Exchange<F, R>
+where
+    F: FnOnce(Shard) -> Fut + Send + 'static,
+    Fut: Future<Output = R> + 'static,
+    R: Send + 'static,
+{
+    /// Keeps it as a task if it has to wait.
+    fn begin(self: Arc<Self>, core: &Rc<Core>) {
+        let Some(message) = Exchange::begin(&self) else { return };
+        // A thread that was given up while it hung: the promise's drop says so.
+        let (noted, promise) = (core.inbox.begin_call(self.clone()), Promise::new(self));
+        let Some(key) = noted else { return };
+        let (running, shard) = (Running::new(core, key), Shard::new(core));
+        core.spawn_begun(Box::pin(async move {
+            let outcome = Contained::new(async move { message(shard).await }).await.map_err(|panic| {
+                running.core.contained(Scene::Message, panic);
+                PeerError::Panicked
+            });
+            drop(running);
+            promise.keep(outcome);
+        }));
+    }
+
+    fn lose(&self) {
+        self.settle(Err(PeerError::Lost));
+    }
 }
 
 /// A call that has been begun.
@@ -196,20 +211,37 @@ fn add(count: &Cell<usize>, difference: isize) {
 /// ```
 pub struct Sharded<T> {
     directory: Arc<Directory>,
-    key: u64,
-    name: &'static str,
+    key: Key,
     state: PhantomData<fn(T) -> T>,
+}
+
+/// What a message takes along to find its state. Not the token: two executors that counted one directory's handles with
+/// each message would pass the count to and fro.
+#[derive(Clone, Copy)]
+struct Key {
+    number: u64,
+    name: &'static str,
+}
+
+impl Key {
+    fn state<T: 'static>(self, core: &Core) -> Rc<T> {
+        let state = core.states.get(self.number).and_then(|state| state.downcast().ok());
+        state.unwrap_or_else(|| {
+            let name = self.name;
+            panic!("this executor has no sharded state '{name}': it is another server's, or not built yet or any more")
+        })
+    }
 }
 
 impl<T> Clone for Sharded<T> {
     fn clone(&self) -> Self {
-        Self { directory: Arc::clone(&self.directory), key: self.key, name: self.name, state: PhantomData }
+        Self { directory: Arc::clone(&self.directory), key: self.key, state: PhantomData }
     }
 }
 
 impl<T: 'static> Sharded<T> {
     pub(crate) fn new(directory: Arc<Directory>, key: u64, name: &'static str) -> Self {
-        Self { directory, key, name, state: PhantomData }
+        Self { directory, key: Key { number: key, name }, state: PhantomData }
     }
 
     /// The executors that have one: where messages go.
@@ -224,15 +256,7 @@ impl<T: 'static> Sharded<T> {
     /// On an executor of another server, and while those registered before this one are being built.
     #[must_use]
     pub fn local(&self, shard: &Shard) -> Rc<T> {
-        self.of(shard.core())
-    }
-
-    fn of(&self, core: &Core) -> Rc<T> {
-        let state = core.states.get(self.key).and_then(|state| state.downcast().ok());
-        state.unwrap_or_else(|| {
-            let name = self.name;
-            panic!("this executor has no sharded state '{name}': it is another server's, or not built yet or any more")
-        })
+        self.key.state(shard.core())
     }
 
     /// Runs `message` with the `T` of the executor in `to`, and brings its answer back.
@@ -242,8 +266,8 @@ impl<T: 'static> Sharded<T> {
         Fut: Future<Output = R> + 'static,
         R: Send + 'static,
     {
-        let token = self.clone();
-        self.peers().call(to, async move |shard: Shard| message(token.local(&shard)).await)
+        let key = self.key;
+        call(&self.directory, to, async move |shard: Shard| message(key.state(shard.core())).await)
     }
 
     /// The same on the executor of every slot in use ([`Peers::iter`]), with an outcome for each. The messages have been
@@ -285,18 +309,18 @@ impl<T: 'static> Sharded<T> {
     where
         F: FnOnce(&T) + Send + 'static,
     {
-        let token = self.clone();
-        let job: Job = Box::new(move |core| {
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| message(&token.of(core)))) {
+        let key = self.key;
+        let job = Job::Closure(Box::new(move |core| {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| message(&key.state(core)))) {
                 core.contained(Scene::Message, caught(payload));
             }
-        });
+        }));
         self.directory.post(to.0, job).map_err(|(refusal, _)| refusal.into())
     }
 }
 
 impl<T> fmt::Debug for Sharded<T> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_tuple("Sharded").field(&self.name).finish()
+        formatter.debug_tuple("Sharded").field(&self.key.name).finish()
     }
 }

@@ -155,7 +155,7 @@ mod tests {
         let directory = directory(1);
         let second = Arc::new(Inbox::new().expect("an eventfd"));
         second.open();
-        let refusal = |slot| directory.post(slot, Box::new(|_| {})).err().map(|(refusal, _)| refusal);
+        let refusal = |slot| directory.post(slot, Job::Closure(Box::new(|_| {}))).err().map(|(refusal, _)| refusal);
         assert_eq!(refusal(0), Some(Refusal::Down), "the first was never opened");
         directory.seat(0, &second);
         assert_eq!((refusal(0), second.jobs()), (None, 1));

@@ -278,9 +278,7 @@ impl Generation {
         if seat.inbox.is_filled() {
             self.active = true;
             seat.inbox.begin();
-            while let Some(index) = seat.inbox.next_wake() {
-                self.core.tasks.woken_elsewhere(index);
-            }
+            self.core.tasks.woken_elsewhere(std::iter::from_fn(|| seat.inbox.next_wake()));
             while let Some(order) = seat.inbox.next_order() {
                 self.obey(order);
             }
@@ -290,7 +288,7 @@ impl Generation {
             // Those there are now: one that posts another has announced it, for the next turn.
             let jobs = if self.core.states.are_complete() { seat.inbox.jobs() } else { 0 };
             for job in (0..jobs).map_while(|_| seat.inbox.next_job()) {
-                job(&self.core);
+                job.run(&self.core);
             }
         }
     }

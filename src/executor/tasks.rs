@@ -138,9 +138,16 @@ impl Tasks {
         self.rows.borrow().len()
     }
 
-    /// Queues a task that was woken from another thread.
-    pub(crate) fn woken_elsewhere(&self, index: u32) {
-        READY.with(|ready| ready.queue.borrow_mut().push_back(index));
+    /// Queues tasks that were woken from other threads, before those that are ready: they have waited for this turn
+    /// already. Nobody is kept from their turn by it, since a turn polls all that are ready.
+    pub(crate) fn woken_elsewhere(&self, indexes: impl Iterator<Item = u32>) {
+        READY.with(|ready| {
+            let mut queue = ready.queue.borrow_mut();
+            let before = queue.len();
+            queue.extend(indexes);
+            let added = queue.len() - before;
+            queue.rotate_right(added);
+        });
     }
 
     pub(crate) fn wake_all(&self) {
@@ -245,9 +252,7 @@ mod tests {
 
     fn take_in(tasks: &Tasks, inbox: &Inbox) {
         inbox.begin();
-        while let Some(index) = inbox.next_wake() {
-            tasks.woken_elsewhere(index);
-        }
+        tasks.woken_elsewhere(std::iter::from_fn(|| inbox.next_wake()));
     }
 
     fn poll(tasks: &Tasks) -> Vec<(OnPanic, String)> {

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use crate::executor::inbox::{Outstanding, Refusal};
+use crate::executor::inbox::Refusal;
 use crate::sync::{Mutex, MutexGuard};
 
 /// Why a message has no answer.
@@ -64,60 +64,108 @@ impl From<Refusal> for PeerError {
     }
 }
 
-enum Place<R> {
-    Waiting(Option<Waker>),
+enum Place<F, R> {
+    Sent(F, Option<Waker>),
+    Begun(Option<Waker>),
     Done(Result<R, PeerError>),
     Taken,
 }
 
-/// Shared by the caller and who answers. Under a lock for the time of a move; the two hardly ever meet in it.
-pub(super) struct Answer<R>(Mutex<Place<R>>);
+/// A call, on its way there and back: one place, shared by the caller and who answers. Under a lock for the time of a move;
+/// the two hardly ever meet in it.
+pub(super) struct Exchange<F, R>(Mutex<Place<F, R>>);
 
-impl<R> Answer<R> {
-    fn lock(&self) -> MutexGuard<'_, Place<R>> {
+impl<F, R> Exchange<F, R> {
+    fn lock(&self) -> MutexGuard<'_, Place<F, R>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first outcome counts.
-    pub(super) fn settle(&self, outcome: Result<R, PeerError>) {
+    /// The message, to be run; `None` when the caller was told that it is lost.
+    pub(super) fn begin(&self) -> Option<F> {
         let mut place = self.lock();
-        // Otherwise the outcome comes too late, and is dropped after the lock is let go of.
-        if let Place::Waiting(waker) = &mut *place {
-            let waker = waker.take();
-            *place = Place::Done(outcome);
-            drop(place);
-            waker.into_iter().for_each(Waker::wake);
+        match std::mem::replace(&mut *place, Place::Taken) {
+            Place::Sent(message, waker) => {
+                *place = Place::Begun(waker);
+                Some(message)
+            }
+            other => {
+                *place = other;
+                None
+            }
         }
+    }
+
+    /// The first outcome counts. The second that is returned is to be dropped after the first was woken: it may be a message
+    /// that nobody will run, and panic.
+    fn put(&self, outcome: Result<R, PeerError>) -> (Option<Waker>, Option<Place<F, R>>) {
+        let mut place = self.lock();
+        let waker = match &mut *place {
+            Place::Sent(_, waker) | Place::Begun(waker) => waker.take(),
+            // It comes too late, and is dropped after the lock is let go of.
+            Place::Done(_) | Place::Taken => return (None, Some(Place::Done(outcome))),
+        };
+        (waker, Some(std::mem::replace(&mut *place, Place::Done(outcome))))
+    }
+
+    pub(super) fn settle(&self, outcome: Result<R, PeerError>) {
+        let (waker, before) = self.put(outcome);
+        waker.into_iter().for_each(Waker::wake);
+        drop(before);
     }
 }
 
-impl<R: Send> Outstanding for Answer<R> {
-    fn lose(&self) {
-        self.settle(Err(PeerError::Lost));
+/// The caller's view, to which it does not matter what the message is.
+trait Answer<R>: Send + Sync {
+    fn poll(&self, context: &mut Context<'_>) -> Poll<Result<R, PeerError>>;
+}
+
+impl<F: Send, R: Send> Answer<R> for Exchange<F, R> {
+    fn poll(&self, context: &mut Context<'_>) -> Poll<Result<R, PeerError>> {
+        let mut place = self.lock();
+        match &mut *place {
+            Place::Sent(_, Some(waker)) | Place::Begun(Some(waker)) => waker.clone_from(context.waker()),
+            Place::Sent(_, none) | Place::Begun(none) => *none = Some(context.waker().clone()),
+            Place::Done(_) => {
+                let Place::Done(outcome) = std::mem::replace(&mut *place, Place::Taken) else {
+                    unreachable!("it has just been looked at");
+                };
+                return Poll::Ready(outcome);
+            }
+            Place::Taken => panic!("a call's answer is taken once"),
+        }
+        Poll::Pending
     }
 }
 
 /// The answering side. Dropped without an answer it tells the caller that there will be none.
-pub(super) struct Promise<R>(Arc<Answer<R>>);
+pub(super) struct Promise<F, R>(Option<Arc<Exchange<F, R>>>);
 
-impl<R> Promise<R> {
-    pub(super) fn answer(&self) -> &Arc<Answer<R>> {
-        &self.0
+impl<F, R> Promise<F, R> {
+    pub(super) fn new(exchange: Arc<Exchange<F, R>>) -> Self {
+        Self(Some(exchange))
     }
 
-    pub(super) fn keep(self, outcome: Result<R, PeerError>) {
-        self.0.settle(outcome);
+    pub(super) fn keep(mut self, outcome: Result<R, PeerError>) {
+        if let Some(exchange) = self.0.take() {
+            let (waker, before) = exchange.put(outcome);
+            // Before the caller runs: it is to find the place its own.
+            drop(exchange);
+            waker.into_iter().for_each(Waker::wake);
+            drop(before);
+        }
     }
 }
 
-impl<R> Drop for Promise<R> {
+impl<F, R> Drop for Promise<F, R> {
     fn drop(&mut self) {
-        self.0.settle(Err(PeerError::Lost));
+        if let Some(exchange) = self.0.take() {
+            exchange.settle(Err(PeerError::Lost));
+        }
     }
 }
 
 enum Inner<R> {
-    One(Arc<Answer<R>>),
+    One(Arc<dyn Answer<R>>),
     /// Several calls that have been made, as one.
     Joint(Pin<Box<dyn Future<Output = R> + Send>>),
 }
@@ -148,9 +196,12 @@ enum Inner<R> {
 pub struct Call<R>(Inner<R>);
 
 impl<R> Call<R> {
-    pub(super) fn new() -> (Promise<R>, Self) {
-        let answer = Arc::new(Answer(Mutex::new(Place::Waiting(None))));
-        (Promise(Arc::clone(&answer)), Self(Inner::One(answer)))
+    pub(super) fn new<F: Send + 'static>(message: F) -> (Arc<Exchange<F, R>>, Self)
+    where
+        R: Send + 'static,
+    {
+        let exchange = Arc::new(Exchange(Mutex::new(Place::Sent(message, None))));
+        (Arc::clone(&exchange), Self(Inner::One(exchange)))
     }
 
     pub(super) fn joint(calls: impl Future<Output = R> + Send + 'static) -> Self {
@@ -164,23 +215,10 @@ impl<R> Future for Call<R> {
     /// # Panics
     /// When polled again after it was ready.
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let answer = match &mut self.0 {
-            Inner::One(answer) => answer,
-            Inner::Joint(calls) => return calls.as_mut().poll(context).map(Ok),
-        };
-        let mut place = answer.lock();
-        match &mut *place {
-            Place::Waiting(Some(waker)) => waker.clone_from(context.waker()),
-            Place::Waiting(none) => *none = Some(context.waker().clone()),
-            Place::Done(_) => {
-                let Place::Done(outcome) = std::mem::replace(&mut *place, Place::Taken) else {
-                    unreachable!("it has just been looked at");
-                };
-                return Poll::Ready(outcome);
-            }
-            Place::Taken => panic!("a call's answer is taken once"),
+        match &mut self.0 {
+            Inner::One(answer) => answer.poll(context),
+            Inner::Joint(calls) => calls.as_mut().poll(context).map(Ok),
         }
-        Poll::Pending
     }
 }
 

@@ -9,7 +9,7 @@ use super::policy::SlotState;
 use crate::Error;
 use crate::error::Kind;
 use crate::executor::core::{Core, Failure};
-use crate::executor::inbox::Posted;
+use crate::executor::inbox::{Job, Posted};
 use crate::order::Promise;
 
 /// A fault to try one's own behaviour with. The order to [`provoke`](crate::test::provoke) it is done when it begins.
@@ -86,7 +86,7 @@ impl Supervisor {
                 };
                 // Dropped when it is refused or comes too late, and its answer with it.
                 let inbox = &self.seats[slot].inbox;
-                if matches!(inbox.post(Box::new(strike)), Ok(Posted::Late)) {
+                if matches!(inbox.post(Job::Closure(Box::new(strike))), Ok(Posted::Late)) {
                     inbox.drop_jobs();
                 }
             }

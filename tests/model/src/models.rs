@@ -35,7 +35,7 @@ pub fn two_post_to_an_executor_that_sleeps() {
     assert!(receiver.inbox.fall_asleep());
     let other = {
         let directory = Arc::clone(&directory);
-        thread::spawn(move || assert!(directory.post(0, Box::new(|_| {})).is_ok()))
+        thread::spawn(move || assert!(directory.post(0, Job::Closure(Box::new(|_| {}))).is_ok()))
     };
     receiver.inbox.wake(0);
     other.join().unwrap();
@@ -67,7 +67,7 @@ fn taken(directory: &Directory, jobs: usize) -> usize {
 }
 
 fn posted(directory: &Directory) -> bool {
-    match directory.post(0, Box::new(|_| {})) {
+    match directory.post(0, Job::Closure(Box::new(|_| {}))) {
         Ok(()) => true,
         Err((refusal, _)) => {
             assert_eq!(refusal, Refusal::Full);
@@ -93,7 +93,7 @@ impl Fate {
             }
         }
         let mut token = Token(Some(Arc::clone(self)));
-        Box::new(move |_| _ = token.0.take().inspect(|fate| _ = fate.run.fetch_add(1, Ordering::Relaxed)))
+        Job::Closure(Box::new(move |_| _ = token.0.take().inspect(|fate| _ = fate.run.fetch_add(1, Ordering::Relaxed))))
     }
 
     /// Posts the job. What is refused is neither run nor thrown away: the sender has it back.

@@ -5,39 +5,52 @@
 pub mod call;
 
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 
 use loom::thread;
 
-use self::call::{Call, PeerError, Promise};
+use self::call::{Call, Exchange, PeerError, Promise};
+use crate::executor::core::Core;
 use crate::executor::directory::Directory;
-use crate::executor::inbox::{Inbox, Job};
+use crate::executor::inbox::{Errand, Inbox, Job, Outstanding};
 use crate::models::close_elsewhere;
 use crate::receiver::Receiver;
 
 const ANSWER: u8 = 1;
 
+/// What a message is here: where it runs.
+type Message = Arc<Inbox>;
+
 /// As `Peers::call` with a message that answers at once.
 fn call(directory: &Directory, receiver: &Arc<Inbox>) -> Call<u8> {
-    let (promise, call) = Call::new();
-    let answer = Arc::clone(promise.answer());
-    let receiver = Arc::clone(receiver);
-    let job: Job = Box::new(move |_| {
-        if let Some(keep) = begin(receiver, promise) {
-            keep();
-        }
-    });
+    let (exchange, call) = Call::new(Arc::clone(receiver));
+    let job = Job::Call(Errand::new(exchange.clone()));
     if let Err((refusal, job)) = directory.post(0, job) {
-        answer.settle(Err(refusal.into()));
+        exchange.settle(Err(refusal.into()));
         drop(job);
     }
     call
 }
 
-/// As `peers::begin`; what it returns ends the call.
-fn begin(inbox: Arc<Inbox>, promise: Promise<u8>) -> Option<impl FnOnce()> {
-    let key = inbox.begin_call(promise.answer().clone())?;
+impl Outstanding for Exchange<Message, u8> {
+    fn begin(self: Arc<Self>, _: &Rc<Core>) {
+        if let Some(keep) = begin(self) {
+            keep();
+        }
+    }
+
+    fn lose(&self) {
+        self.settle(Err(PeerError::Lost));
+    }
+}
+
+/// As `Exchange::begin` in ringleader; what it returns ends the call.
+fn begin(exchange: Arc<Exchange<Message, u8>>) -> Option<impl FnOnce()> {
+    let inbox = Exchange::begin(&exchange)?;
+    let (noted, promise) = (inbox.begin_call(exchange.clone()), Promise::new(exchange));
+    let key = noted?;
     Some(move || {
         inbox.end_call(key);
         promise.keep(Ok(ANSWER));
@@ -93,8 +106,8 @@ pub fn an_executor_is_called_and_ends() {
 /// that the call had begun.
 pub fn a_call_is_answered_while_its_executor_is_given_up() {
     let (_, receiver) = Receiver::new();
-    let (promise, call) = Call::new();
-    let keep = begin(Arc::clone(&receiver.inbox), promise).expect("it is open");
+    let (exchange, call) = Call::new(Arc::clone(&receiver.inbox));
+    let keep = begin(exchange).expect("it is open");
     let callee = thread::spawn(keep);
     let supervisor = close_elsewhere(&receiver.inbox);
     assert!(matches!(outcome(call), Ok(ANSWER) | Err(PeerError::Lost)));
@@ -106,13 +119,13 @@ pub fn a_call_is_answered_while_its_executor_is_given_up() {
 /// else nobody can tell the caller.
 pub fn a_call_is_begun_while_its_executor_is_given_up(noted: bool) {
     let (_, receiver) = Receiver::new();
-    let (promise, call) = Call::new();
+    let (exchange, call) = Call::new(Arc::clone(&receiver.inbox));
     let supervisor = close_elsewhere(&receiver.inbox);
     let hung = thread::spawn(move || {
         if noted {
-            std::mem::forget(begin(receiver.inbox, promise));
+            std::mem::forget(begin(exchange));
         } else {
-            std::mem::forget(promise);
+            std::mem::forget(exchange);
         }
     });
     assert_eq!(outcome(call), Err(PeerError::Lost));
@@ -124,8 +137,8 @@ pub fn a_call_is_begun_while_its_executor_is_given_up(noted: bool) {
 pub fn a_caller_goes_away_while_it_is_answered() {
     let (_, receiver) = Receiver::new();
     let (_, home) = Receiver::new();
-    let (promise, mut call) = Call::new();
-    let keep = begin(Arc::clone(&receiver.inbox), promise).expect("it is open");
+    let (exchange, mut call) = Call::new(Arc::clone(&receiver.inbox));
+    let keep = begin(exchange).expect("it is open");
     let callee = thread::spawn(keep);
     let waker = Waker::from(Arc::new(Task(Arc::clone(&home.inbox))));
     let looked = Pin::new(&mut call).poll(&mut Context::from_waker(&waker));

@@ -55,7 +55,7 @@ impl Receiver {
             }
             let jobs = self.inbox.jobs();
             for job in (0..jobs).map_while(|_| self.inbox.next_job()) {
-                job(&self.core);
+                job.run(&self.core);
                 taken.jobs += 1;
             }
         }

@@ -6,7 +6,7 @@
 use std::cell::Cell;
 
 use loom::cell::UnsafeCell;
-use loom::sync::atomic::{self, Ordering::*, fence};
+use loom::sync::atomic::{self, Ordering::*};
 use loom::thread::yield_now;
 
 pub use loom::sync::atomic::Ordering;
@@ -21,6 +21,8 @@ pub enum Defect {
     None,
     /// It orders nothing: every ordering is `Relaxed`.
     Unordered,
+    /// No fence is made beside it.
+    Unfenced,
     /// The executor looks at it, and only then says that it sleeps; posters look, and only then announce.
     TwoSteps,
 }
@@ -50,6 +52,12 @@ pub fn check(defect: Defect, model: impl Fn() + Sync + Send + 'static) {
 }
 
 const PREEMPTIONS: usize = 2;
+
+pub fn fence(order: Ordering) {
+    if !matches!(DEFECT.get(), Defect::Unordered | Defect::Unfenced) {
+        atomic::fence(order);
+    }
+}
 
 /// The word of the inbox, with the defect in it.
 #[derive(Debug)]
@@ -163,7 +171,7 @@ impl<T> ArrayQueue<T> {
                     Err(now) => tail = now,
                 }
             } else if stamp + self.lap == tail + 1 {
-                fence(SeqCst);
+                atomic::fence(SeqCst);
                 if self.head.load(Relaxed) + self.lap == tail {
                     return Err(value);
                 }
@@ -191,7 +199,7 @@ impl<T> ArrayQueue<T> {
                     Err(now) => head = now,
                 }
             } else if stamp == head {
-                fence(SeqCst);
+                atomic::fence(SeqCst);
                 if self.tail.load(Relaxed) == head {
                     return None;
                 }

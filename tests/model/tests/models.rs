@@ -21,6 +21,12 @@ fn a_wake_is_lost_if_looking_and_falling_asleep_are_two_steps() {
 }
 
 #[test]
+#[should_panic(expected = "deadlock")]
+fn a_wake_is_lost_if_who_finds_it_announced_has_no_fence() {
+    check(Defect::Unfenced, models::two_wake_an_executor_that_falls_asleep);
+}
+
+#[test]
 fn what_comes_during_one_sleep_is_signalled_once() {
     check(Defect::None, models::two_post_to_an_executor_that_sleeps);
 }

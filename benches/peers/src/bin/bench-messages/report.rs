@@ -9,9 +9,16 @@ use crate::options::Options;
 use crate::rivals::{RIVALS, Rival};
 use crate::rounds::Series;
 
-/// A flood through Ringleader is to answer so many times as many calls for the same CPU time as through each of these.
-const WANTED: &[(Rival, f64)] =
-    &[(Rival::Tokio, 1.0), (Rival::Flume, 1.0), (Rival::SocketpairPlain, 10.0), (Rival::Socketpair, 1.0)];
+/// A flood through Ringleader is to answer so many times as many calls for the same CPU time as through each of these. Ahead
+/// of all, and ten times a socketpair: both of its forms are told, since nobody said how many messages share a system call.
+const WANTED: &[(Rival, f64)] = &[
+    (Rival::Tokio, 1.0),
+    (Rival::Flume, 1.0),
+    (Rival::SocketpairPlain, 1.0),
+    (Rival::SocketpairPlain, 10.0),
+    (Rival::Socketpair, 1.0),
+    (Rival::Socketpair, 10.0),
+];
 
 pub fn report(series: &[Series], options: &Options) -> String {
     let mut text = preamble(options);
