@@ -89,7 +89,7 @@ fn flood(text: &mut String, verdicts: &mut String, losses: &mut Vec<String>, ser
     let name = ours.scenario.name();
     let _ = writeln!(
         text,
-        "\n{name}: answered calls, thousands\n  {:<18}{:>12}{:>20}{:>10}{:>12}{:>34}",
+        "\n{name}: answered calls, thousands\n  {:<18}{:>12}{:>20}{:>10}{:>12}{:>38}",
         "", "per CPU s", "(least to most)", "CPU ns", "per s", "Ringleader over it, per CPU s"
     );
     for one in series {
@@ -109,7 +109,7 @@ fn flood(text: &mut String, verdicts: &mut String, losses: &mut Vec<String>, ser
         if let Some(Ratio { median, low, high }) =
             (one.rival != Rival::Ringleader).then(|| ratio(ours, one, per_cpu_second, seed)).flatten()
         {
-            let _ = write!(row, "{:>34}", format!("{median:.2} [{low:.2}, {high:.2}]"));
+            let _ = write!(row, "{:>38}", format!("{median:.2} [{low:.2}, {high:.2}]"));
             if low <= 1.0 {
                 losses.push(format!("{name}, calls per CPU second beside {}: {median:.2}", one.rival.name()));
             }
@@ -143,7 +143,7 @@ fn round_trips(text: &mut String, losses: &mut Vec<String>, series: &[&Series], 
     let name = ours.scenario.name();
     let _ = writeln!(
         text,
-        "\n{name}: round trip, microseconds, over all rounds\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>34}",
+        "\n{name}: round trip, microseconds, over all rounds\n  {:<18}{:>10}{:>10}{:>10}{:>10}{:>38}",
         "", "calls", "p50", "p99", "worst", "Ringleader over it, p50 of a round"
     );
     for one in series {
@@ -156,7 +156,7 @@ fn round_trips(text: &mut String, losses: &mut Vec<String>, series: &[&Series], 
         if let Some(Ratio { median, low, high }) =
             (one.rival != Rival::Ringleader).then(|| ratio(ours, one, middle, seed)).flatten()
         {
-            let _ = write!(row, "{:>34}", format!("{median:.2} [{low:.2}, {high:.2}]"));
+            let _ = write!(row, "{:>38}", format!("{median:.2} [{low:.2}, {high:.2}]"));
             if high >= 1.0 {
                 losses.push(format!(
                     "{name}, p50 of the round trip beside {}: {median:.2} of its time",
