@@ -37,9 +37,11 @@ use crate::sys::eventfd::EventFd;
 /// waited for room in each other's inbox would wait for ever.
 pub(crate) const JOBS_MAX: usize = 4096;
 
+type Closure = Box<dyn FnOnce(&Rc<Core>) + Send>;
+
 /// Something to run on the executor, between two turns.
 pub(crate) enum Job {
-    Closure(Box<dyn FnOnce(&Rc<Core>) + Send>),
+    Closure(Closure),
     Call(Errand),
 }
 
