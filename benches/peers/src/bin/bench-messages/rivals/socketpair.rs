@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::error::Error;
 use std::future::poll_fn;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
@@ -51,7 +51,7 @@ impl FromStr for Serve {
 /// Is the other process, until the first one closes its end.
 pub fn serve(serve: Serve, options: &Options) -> Result<(), Box<dyn Error>> {
     pin_to(options.target_cpu)?;
-    let mut socket = UnixStream::from(OwnedFd::from(io::stdin().lock().try_clone_fd()?));
+    let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     socket.set_nonblocking(matches!(serve, Serve::Busy))?;
     let (mut state, mut buffer, mut have) = (0, vec![0; BUFFER], 0);
     loop {
@@ -84,17 +84,6 @@ fn read(socket: &mut UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>>
         Ok(count) => Ok(Some(count)),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-trait TryCloneFd {
-    fn try_clone_fd(&self) -> io::Result<OwnedFd>;
-}
-
-impl TryCloneFd for io::StdinLock<'_> {
-    fn try_clone_fd(&self) -> io::Result<OwnedFd> {
-        use std::os::fd::AsFd;
-        self.as_fd().try_clone_to_owned()
     }
 }
 
