@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::clock::NS_PER_INSTRUCTION;
 use crate::report::thousands;
-use crate::stats::spread;
+use ringleader_peers::stats::spread;
 
 /// What one server cost under one load, per request.
 #[derive(Debug, Clone)]
