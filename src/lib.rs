@@ -133,8 +133,8 @@
 //! - With `panic = "abort"`, and for a stack overflow, a double panic or a segmentation fault, there is no containment:
 //!   the process ends.
 //!
-//! [`Handle::stats`] tells what each executor is doing ([`ExecutorState`]) and has done; [`Stats::ready`] is for load
-//! balancers. [`Handle::scale`] changes the number of executors by order, [`Builder::scaling`] by load.
+//! [`Handle::stats`] tells what each executor is doing ([`ExecutorState`]) and has done; [`Stats::ready`] and
+//! [`Shard::is_ready`] are for load balancers. [`Handle::scale`] changes the number of executors by order, [`Builder::scaling`] by load.
 //!
 //! # Limits
 //! Everything is bounded.

@@ -504,7 +504,7 @@ impl Server {
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
         let components = builder.components.of_one_server();
-        let common = Common { settings, factory, components, blocking: Arc::clone(&blocking) };
+        let common = Common { settings, factory, components, blocking: Arc::clone(&blocking), ready: Arc::default() };
         let seats = seats(&cpus, groups, kernel.heartbeats(), &common, &post)?;
         common.components.seat(&seats)?;
         let slots = seats.iter().map(|seat| Slot::new(seat.cpu, Arc::clone(&seat.cells))).collect();

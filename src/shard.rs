@@ -5,6 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -95,6 +96,33 @@ impl Shard {
     #[must_use]
     pub fn stats(&self) -> ExecutorStats {
         ExecutorStats::read(self.core.slot, ExecutorState::Serving, &self.core.cells)
+    }
+
+    /// Whether the server is fit to take traffic: what a load balancer's probe wants to know. False until every executor
+    /// has started; while no executor serves, or more than half of them are stalled or quarantined; and from an order to
+    /// drain on, of which [`Builder::drain_delay`](crate::Builder::drain_delay) is the time for a load balancer to notice.
+    ///
+    /// The same as [`Stats::ready`](crate::Stats::ready), but for one thing: it stays true in a process whose addresses
+    /// another one has taken over ([`Handle::upgrade`](crate::Handle::upgrade)). A probe over a connection that was kept asks
+    /// about the address, which is served.
+    ///
+    /// ```
+    /// use ringleader::{Body, Request, Response, Server, Shard, StatusCode, service_fn};
+    ///
+    /// let server = Server::builder().listen("127.0.0.1:0").serve(async |shard: Shard| {
+    ///     Ok(service_fn(async move |request: Request| {
+    ///         let mut response = Response::new(Body::from("Hello, World!"));
+    ///         if request.uri().path() == "/ready" && !shard.is_ready() {
+    ///             *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+    ///         }
+    ///         Ok(response)
+    ///     }))
+    /// });
+    /// # drop(server);
+    /// ```
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.core.ready.load(Ordering::Relaxed)
     }
 
     /// Runs a future on this executor. A panic in it is contained whatever the [`PanicPolicy`](crate::PanicPolicy): it

@@ -13,6 +13,8 @@ use super::{Failure, chaos};
 pub(crate) struct App {
     root: Option<Root>,
     chaos: bool,
+    /// Where load balancers ask.
+    ready_path: Option<String>,
 }
 
 /// The directory of `--root`.
@@ -32,26 +34,36 @@ impl Root {
 pub(crate) struct OnShard {
     files: Option<Rc<Files>>,
     chaos: bool,
+    ready_path: Option<String>,
     shard: Shard,
 }
 
 impl App {
     /// Opens `root` once, so that a directory that cannot be served is known before anything starts.
-    pub(crate) fn new(root: Option<&Path>, listing: bool, chaos: bool) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        root: Option<&Path>,
+        listing: bool,
+        chaos: bool,
+        ready_path: Option<String>,
+    ) -> Result<Self, Failure> {
         let root = root.map(|path| Root { path: path.to_owned(), listing });
         if let Some(root) = &root {
             root.open().map_err(|error| Failure::Usage(error.to_string()))?;
         }
-        Ok(Self { root, chaos })
+        // Below a directory there may be a file of this name.
+        let ready_path = ready_path.or_else(|| root.is_none().then(|| READY.to_owned()));
+        Ok(Self { root, chaos, ready_path })
     }
 
     /// The service of one executor, with its own descriptor of the directory.
     pub(crate) fn on(&self, shard: Shard) -> Result<OnShard, BoxError> {
         let files = self.root.as_ref().map(Root::open).transpose()?.map(Rc::new);
-        Ok(OnShard { files, chaos: self.chaos, shard })
+        Ok(OnShard { files, chaos: self.chaos, ready_path: self.ready_path.clone(), shard })
     }
 }
 
+/// Where load balancers ask the built-in application.
+const READY: &str = "/ready";
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -61,6 +73,9 @@ impl Service for OnShard {
     async fn call(&self, request: Request) -> Result<Response, BoxError> {
         if self.chaos && request.uri().path().starts_with("/chaos/") {
             return Box::pin(chaos::respond(&self.shard, &request)).await;
+        }
+        if self.ready_path.as_deref() == Some(request.uri().path()) {
+            return Ok(self.ready());
         }
         match &self.files {
             // Boxed like the one above: a connection keeps room for the largest future its service makes.
@@ -83,6 +98,17 @@ impl OnShard {
                 Ok(response)
             }
         }
+    }
+
+    /// For load balancers: 200 or 503.
+    fn ready(&self) -> Response {
+        let ready = self.shard.is_ready();
+        let mut response = answer(TEXT, if ready { "ready" } else { "not ready" });
+        if !ready {
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        }
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response
     }
 
     fn whoami(&self) -> String {

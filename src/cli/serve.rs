@@ -38,6 +38,11 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "root")]
     listing: bool,
 
+    /// Path that answers 200 while the server is fit to take traffic and 503 while it is not, for load balancers [default:
+    /// /ready; with --root: none]
+    #[arg(long, value_name = "PATH", value_parser = parse_path)]
+    ready_path: Option<String>,
+
     /// Add endpoints under /chaos/ (panic, escape, abort, and spin, block, offload, sleep with ?ms=N), which break things
     /// on purpose
     #[arg(long)]
@@ -192,6 +197,11 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
     if (0.0..=1e9).contains(&seconds) { Ok(seconds) } else { Err("give 0 (no limit) to 1000000000 seconds".to_owned()) }
 }
 
+fn parse_path(text: &str) -> Result<String, String> {
+    let is_path = text.starts_with('/') && !text.contains(['?', '#', ' ']);
+    if is_path { Ok(text.to_owned()) } else { Err("give a path such as /ready".to_owned()) }
+}
+
 fn parse_header_bytes(text: &str) -> Result<usize, String> {
     let bytes: usize = text.parse().map_err(|_| "give a number of bytes".to_owned())?;
     if bytes >= 8192 { Ok(bytes) } else { Err("8192 bytes is the least".to_owned()) }
@@ -207,7 +217,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     start_logging(&arguments.log)?;
     super::panics::install();
     ringleader::raise_limits();
-    let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos)?;
+    let ready_path = arguments.ready_path.clone();
+    let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos, ready_path)?;
     let running = builder(arguments)?.serve(async move |shard: Shard| app.on(shard)).start().wait()?;
     announce(&running, arguments);
     let exit = running.join().wait()?;

@@ -5,7 +5,7 @@ use std::backtrace::Backtrace;
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -103,6 +103,8 @@ pub(crate) struct Core {
     pub cells: Arc<Cells>,
     pub settings: Arc<Settings>,
     pub blocking: Arc<Pool>,
+    /// Whether the server is fit to take traffic; written by its supervisor.
+    pub ready: Arc<AtomicBool>,
     /// Where values come back to that were let go of on other threads: this thread, over all its generations.
     pub home: Arc<Home>,
     pub inbox: Arc<Inbox>,
@@ -151,6 +153,7 @@ impl Core {
             shedder: Shedder::new(&seat.settings.overload).map(RefCell::new),
             settings: Arc::clone(&seat.settings),
             blocking: Arc::clone(&seat.blocking),
+            ready: Arc::clone(&seat.ready),
             home: Home::of_this_thread(&seat.inbox),
             inbox: Arc::clone(&seat.inbox),
             directory: Arc::clone(seat.components.directory()),

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::thread::JoinHandle;
@@ -79,6 +80,8 @@ pub(crate) struct Common {
     pub factory: Arc<dyn Factory>,
     pub components: Components,
     pub blocking: Arc<Pool>,
+    /// What [`Shard::is_ready`](crate::Shard::is_ready) says.
+    pub ready: Arc<AtomicBool>,
 }
 
 /// What is permanent about a slot. Shared by the supervisor and the slot's thread.
@@ -94,6 +97,7 @@ pub(crate) struct SlotSeat {
     /// The open sockets of its executor.
     pub sockets: Arc<Registry>,
     pub blocking: Arc<Pool>,
+    pub ready: Arc<AtomicBool>,
     pub reports: Reports,
     /// The thread that lives here, once it does.
     occupant: Mutex<Option<Occupant>>,
@@ -110,7 +114,7 @@ impl SlotSeat {
         heartbeat: Heartbeat,
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
-        let Common { settings, factory, components, blocking } = common;
+        let Common { settings, factory, components, blocking, ready } = common;
         Ok(Arc::new(Self {
             slot,
             cpu,
@@ -122,6 +126,7 @@ impl SlotSeat {
             heartbeat,
             sockets: Arc::default(),
             blocking,
+            ready,
             reports,
             occupant: Mutex::new(None),
             listeners: Mutex::new(Some(Arc::new(listeners))),
@@ -145,6 +150,7 @@ impl SlotSeat {
             heartbeat: self.heartbeat.successor(),
             sockets: Arc::default(),
             blocking: Arc::clone(&self.blocking),
+            ready: Arc::clone(&self.ready),
             reports: Arc::clone(&self.reports),
             occupant: Mutex::new(None),
             listeners: Mutex::new(self.listeners()),

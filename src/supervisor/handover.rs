@@ -38,6 +38,8 @@ pub(crate) struct Handover {
     /// Who has asked for an upgrade and has no answer yet, the oldest first; `None` for a signal.
     orders: VecDeque<Option<Promise<u32>>>,
     successor: Option<(u32, Progress)>,
+    /// Another process serves the addresses.
+    is_over: bool,
     /// Why the last successor came to nothing.
     failure: Option<String>,
 }
@@ -68,6 +70,7 @@ impl Handover {
             reloading: false,
             orders: VecDeque::new(),
             successor: None,
+            is_over: false,
             failure: None,
         }
     }
@@ -76,6 +79,11 @@ impl Handover {
     pub(super) fn due(&self) -> Option<Instant> {
         let notifier = self.notifier.as_ref()?;
         Some(notifier.due().map_or(self.status_due, |due| due.min(self.status_due)))
+    }
+
+    /// Whether another process has taken over.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over
     }
 
     /// Tells the service manager and the old process that the server serves.
@@ -151,6 +159,7 @@ impl Handover {
         };
         match (answer, self.successor.take()) {
             (Ok(()), Some((_, Progress::Ready(taken)))) => {
+                self.is_over = true;
                 tracing::info!(process = taken.process, "a new process has taken over; this one drains");
                 if let Some(notifier) = &mut self.notifier {
                     notifier.main_pid(taken.process);

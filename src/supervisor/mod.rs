@@ -364,7 +364,7 @@ impl Supervisor {
                 if let Readiness::NotReady(why) = readiness {
                     tracing::info!("not ready: {}", words::not_ready(why));
                 }
-                self.shared.ready.store(readiness == Readiness::Ready, Ordering::Relaxed);
+                self.show_readiness(readiness == Readiness::Ready);
             }
             Action::Started => {
                 self.announce_start();
@@ -535,6 +535,15 @@ impl Supervisor {
         self.steer.end();
         self.seats.iter().for_each(|seat| seat.release_listeners());
         self.left_behind.values().for_each(|seat| seat.release_listeners());
+    }
+
+    /// Lets handles and handlers see whether the server is fit to take traffic.
+    fn show_readiness(&self, ready: bool) {
+        // After a hand-over, who asks over a connection that was kept means the address, and another process serves it.
+        if ready || !self.handover.is_over() {
+            self.seats[0].ready.store(ready, Ordering::Relaxed);
+        }
+        self.shared.ready.store(ready, Ordering::Relaxed);
     }
 
     /// Lets handles see what the slots are doing.

@@ -24,6 +24,7 @@ mod panics;
 mod panics_by_place;
 mod panics_shown;
 mod peers;
+mod readiness;
 mod scaling;
 mod shard;
 mod signals;

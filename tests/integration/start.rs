@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use ringleader::{Body, BoxError, Builder, ExecutorState, Request, Response, RestartPolicy, Server, Shard, service_fn};
+use ringleader::{
+    Body, BoxError, Builder, ExecutorState, Request, Response, RestartPolicy, Server, Shard, StatusCode, service_fn,
+};
 
 use crate::support::{Client, Site, echo, eventually, expect_refusal, local, settle};
 
@@ -168,7 +170,13 @@ fn executors_that_keep_failing_are_given_up_one_by_one() {
                 }
                 Err("doomed by the test".into())
             });
-            Ok(service_fn(async move |_: Request| Ok(Response::new(Body::from(shard.id().to_string())))))
+            Ok(service_fn(async move |_: Request| {
+                let mut response = Response::new(Body::from(shard.id().to_string()));
+                if !shard.is_ready() {
+                    *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                }
+                Ok(response)
+            }))
         })
     };
     let running = Site::start(server).into_running();
@@ -179,6 +187,8 @@ fn executors_that_keep_failing_are_given_up_one_by_one() {
         doomed.store(count, Ordering::Relaxed);
         eventually("the slot is given up", || state(count - 1) == ExecutorState::Quarantined);
         eventually("readiness follows", || handle.stats().ready == ready);
+        let status = if ready { 200 } else { 503 };
+        eventually("handlers know", || Client::connect(handle.local_addrs()[0]).get("/").status == status);
         for _ in 0..40 {
             let answer = Client::connect(handle.local_addrs()[0]).get("/");
             let slot: usize = answer.text().parse().expect("a slot's number");
