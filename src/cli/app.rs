@@ -1,7 +1,9 @@
 //! The built-in application: a few endpoints to try a server with, to measure it and to break it.
 
-use std::path::Path;
-use std::rc::Rc;
+use std::cell::{Cell, RefCell};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use http::{HeaderValue, header};
 use ringleader::{Body, BoxError, Files, Request, Response, Service, Shard, StatusCode};
@@ -11,54 +13,111 @@ use super::{Failure, chaos};
 /// What every executor's service is made from.
 #[derive(Clone)]
 pub(crate) struct App {
-    root: Option<Root>,
+    root: Option<Arc<Root>>,
     chaos: bool,
     /// Where load balancers ask.
     ready_path: Option<String>,
 }
 
-/// The directory of `--root`.
-#[derive(Clone)]
-struct Root {
-    path: std::path::PathBuf,
+/// The directory of `--root`. It is opened by its name once for all executors, and again when a reload says so: a name
+/// that leads elsewhere meanwhile, or nowhere, makes no difference to an executor that starts afresh.
+pub(crate) struct Root {
+    path: PathBuf,
     listing: bool,
+    opened: Mutex<Arc<Files>>,
+    /// How often it has been opened.
+    version: AtomicU64,
 }
 
 impl Root {
-    fn open(&self) -> Result<Files, ringleader::FilesError> {
-        Ok(Files::open(&self.path)?.listing(self.listing))
+    fn open(path: &Path, listing: bool) -> Result<Arc<Files>, ringleader::FilesError> {
+        Ok(Arc::new(Files::open(path)?.listing(listing)))
+    }
+
+    fn new(path: &Path, listing: bool) -> Result<Self, ringleader::FilesError> {
+        let opened = Mutex::new(Self::open(path, listing)?);
+        Ok(Self { path: path.to_owned(), listing, opened, version: AtomicU64::new(1) })
+    }
+
+    /// Opens what the name leads to by now, for requests that begin from here on; what came of it, in a sentence.
+    pub(crate) fn reopen(&self) -> String {
+        let path = self.path.display();
+        match Self::open(&self.path, self.listing) {
+            Ok(files) => {
+                *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = files;
+                self.version.fetch_add(1, Ordering::Release);
+                let leads_to = self.path.canonicalize().ok().filter(|target| *target != self.path);
+                let target = leads_to.map(|target| format!(", which is {}", target.display())).unwrap_or_default();
+                format!("--root was opened anew: {path}{target}")
+            }
+            Err(error) => format!("--root stays the directory that it was: {error}"),
+        }
+    }
+
+    /// For one executor: with a descriptor of its own, or if there is none, the one that all have in common.
+    fn for_executor(&self) -> Arc<Files> {
+        let opened = Arc::clone(&self.opened.lock().unwrap_or_else(PoisonError::into_inner));
+        opened.try_clone().map(Arc::new).unwrap_or(opened)
+    }
+}
+
+/// One executor's view of the root.
+struct Served {
+    root: Arc<Root>,
+    version: Cell<u64>,
+    files: RefCell<Arc<Files>>,
+}
+
+impl Served {
+    fn new(root: &Arc<Root>) -> Self {
+        let version = Cell::new(root.version.load(Ordering::Acquire));
+        Self { version, files: RefCell::new(root.for_executor()), root: Arc::clone(root) }
+    }
+
+    /// What a request that begins now is answered from, to its end.
+    fn files(&self, shard: &Shard) -> Arc<Files> {
+        let version = self.root.version.load(Ordering::Acquire);
+        if self.version.replace(version) != version {
+            let old = self.files.replace(self.root.for_executor());
+            // It may have to wait for its helper thread. If the pool has no room, it is dropped here.
+            drop(shard.spawn_blocking(move || drop(old)));
+        }
+        Arc::clone(&self.files.borrow())
     }
 }
 
 /// One executor's service.
 pub(crate) struct OnShard {
-    files: Option<Rc<Files>>,
+    served: Option<Served>,
     chaos: bool,
     ready_path: Option<String>,
     shard: Shard,
 }
 
 impl App {
-    /// Opens `root` once, so that a directory that cannot be served is known before anything starts.
+    /// Opens `root`, so that a directory that cannot be served is known before anything starts.
     pub(crate) fn new(
         root: Option<&Path>,
         listing: bool,
         chaos: bool,
         ready_path: Option<String>,
     ) -> Result<Self, Failure> {
-        let root = root.map(|path| Root { path: path.to_owned(), listing });
-        if let Some(root) = &root {
-            root.open().map_err(|error| Failure::Usage(error.to_string()))?;
-        }
+        let root = root.map(|path| Root::new(path, listing)).transpose();
+        let root = root.map_err(|error| Failure::Usage(error.to_string()))?.map(Arc::new);
         // Below a directory there may be a file of this name.
         let ready_path = ready_path.or_else(|| root.is_none().then(|| READY.to_owned()));
         Ok(Self { root, chaos, ready_path })
     }
 
-    /// The service of one executor, with its own descriptor of the directory.
-    pub(crate) fn on(&self, shard: Shard) -> Result<OnShard, BoxError> {
-        let files = self.root.as_ref().map(Root::open).transpose()?.map(Rc::new);
-        Ok(OnShard { files, chaos: self.chaos, ready_path: self.ready_path.clone(), shard })
+    /// What a reload opens anew.
+    pub(crate) fn root(&self) -> Option<Arc<Root>> {
+        self.root.clone()
+    }
+
+    /// The service of one executor.
+    pub(crate) fn on(&self, shard: Shard) -> OnShard {
+        let served = self.root.as_ref().map(Served::new);
+        OnShard { served, chaos: self.chaos, ready_path: self.ready_path.clone(), shard }
     }
 }
 
@@ -77,9 +136,12 @@ impl Service for OnShard {
         if self.ready_path.as_deref() == Some(request.uri().path()) {
             return Ok(self.ready());
         }
-        match &self.files {
+        match &self.served {
             // Boxed like the one above: a connection keeps room for the largest future its service makes.
-            Some(files) => Ok(Box::pin(files.respond(&request)).await.map(Body::from)),
+            Some(served) => {
+                let files = served.files(&self.shard);
+                Ok(Box::pin(files.respond(&request)).await.map(Body::from))
+            }
             None => self.built_in(request),
         }
     }

@@ -219,7 +219,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     ringleader::raise_limits();
     let ready_path = arguments.ready_path.clone();
     let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos, ready_path)?;
-    let running = builder(arguments)?.serve(async move |shard: Shard| app.on(shard)).start().wait()?;
+    let root = app.root();
+    let builder = builder(arguments)?.reload_on_signal(move || reload(root.as_deref()));
+    let running = builder.serve(async move |shard: Shard| Ok(app.on(shard))).start().wait()?;
     announce(&running, arguments);
     let exit = running.join().wait()?;
     if exit.abandoned > 0 {
@@ -260,7 +262,6 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .stall_backtraces(true)
         .upgrade_on_signal()
         .upgrade_timeout(Duration::from_secs_f64(arguments.upgrade_timeout))
-        .reload_on_signal(reload)
         .systemd()
         .listen_by_default("127.0.0.1:8080")
         .backlog(arguments.backlog)
@@ -308,7 +309,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
 }
 
 /// What SIGHUP changes. Everything else of this command comes from its arguments.
-fn reload() -> Vec<String> {
+fn reload(root: Option<&app::Root>) -> Vec<String> {
     let before = open_files();
     ringleader::raise_limits();
     let after = open_files();
@@ -321,7 +322,7 @@ fn reload() -> Vec<String> {
     };
     let rest = "addresses, executors, timeouts, limits and the log's filter come from the command line: for others, start \
                 the server anew; a new binary takes over without loss on SIGUSR2";
-    vec![limit, rest.to_owned()]
+    root.map(app::Root::reopen).into_iter().chain([limit, rest.to_owned()]).collect()
 }
 
 /// The soft limit, as the kernel writes it.

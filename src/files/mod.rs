@@ -90,6 +90,8 @@ pub struct Files {
     index: String,
     listing: bool,
     offload: Arc<dyn Offload>,
+    /// The offload is one that was brought, and not the helper of this `Files` alone.
+    offload_brought: bool,
     sendfile: bool,
     /// The kernel knows `RESOLVE_CACHED`.
     cached_lookup: bool,
@@ -127,9 +129,42 @@ impl Files {
             index: "index.html".into(),
             listing: false,
             offload: Arc::new(Helper::default()),
+            offload_brought: false,
             sendfile: true,
             cached_lookup,
             nowait: AtomicBool::new(true),
+        })
+    }
+
+    /// The same directory, whatever has become of its name, with the same options: one that is opened at the start can so
+    /// be given to every executor, and all serve the same files after a restart, too. It has a descriptor and a helper
+    /// thread of its own; an [`Offload`] that was brought is shared.
+    ///
+    /// ```
+    /// use ringleader::{Body, Files, Request, Server, service_fn};
+    ///
+    /// let opened = Files::open("/usr/share/doc")?;
+    /// let server = Server::builder().listen("127.0.0.1:0").serve(async move |_| {
+    ///     let files = opened.try_clone()?;
+    ///     Ok(service_fn(async move |request: Request| Ok(files.respond(&request).await.map(Body::from))))
+    /// });
+    /// # drop(server);
+    /// # Ok::<(), ringleader::FilesError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When there is no descriptor left, mostly.
+    pub fn try_clone(&self) -> io::Result<Files> {
+        let own = || Arc::new(Helper::default()) as Arc<dyn Offload>;
+        Ok(Files {
+            root: Arc::new(open::again(&self.root)?),
+            index: self.index.clone(),
+            listing: self.listing,
+            offload: if self.offload_brought { Arc::clone(&self.offload) } else { own() },
+            offload_brought: self.offload_brought,
+            sendfile: self.sendfile,
+            cached_lookup: self.cached_lookup,
+            nowait: AtomicBool::new(self.nowait.load(Ordering::Relaxed)),
         })
     }
 
@@ -173,6 +208,7 @@ impl Files {
     #[must_use]
     pub fn offload(mut self, offload: Arc<dyn Offload>) -> Files {
         self.offload = offload;
+        self.offload_brought = true;
         self
     }
 

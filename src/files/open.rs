@@ -67,6 +67,22 @@ pub(super) fn root(path: &Path) -> io::Result<(OwnedFd, bool)> {
     Ok((root, cached))
 }
 
+/// The same directory by a descriptor that shares nothing with `root`: each use of an open file counts it, and a count in
+/// common would go to and fro between the CPUs of those who look names up from it.
+///
+/// # Errors
+/// As openat(2): too few descriptors, mostly.
+pub(super) fn again(root: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: `root` is open, and the path is a constant that ends in NUL.
+    let fd = unsafe { libc::openat(root.as_raw_fd(), c".".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us; nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Opens `path` for reading, wherever below `root` its symlinks lead, and says what it is.
 ///
 /// # Errors

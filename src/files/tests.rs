@@ -650,3 +650,21 @@ fn opening_says_what_is_wrong() {
     let not_directory = Files::open(file).expect_err("a file").to_string();
     assert!(not_directory.contains("Not a directory") && not_directory.contains("name a directory"), "{not_directory}");
 }
+
+#[test]
+fn a_clone_serves_the_same_directory_whatever_its_name_leads_to() {
+    let directory = Directory::new();
+    directory.file("old/f", "old");
+    directory.file("new/f", "new");
+    let link = directory.0.join("link");
+    symlink(directory.0.join("old"), &link).expect("it is new");
+    let files = Files::open(&link).expect("it leads to a directory").index("f").listing(true);
+    fs::remove_file(&link).expect("ours to remove");
+    symlink(directory.0.join("new"), &link).expect("it is free again");
+    let clone = files.try_clone().expect("descriptors are free");
+    drop(files);
+    on_executor(async {
+        assert_eq!(text(get(&clone, "/f", &[]).await).await, "old");
+        assert_eq!(text(get(&clone, "/", &[]).await).await, "old", "the options are the same");
+    });
+}

@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ringleader::{Body, Files, HttpLimits, Request, Response, Stop, service_fn};
 
-use crate::support::{BOUND, Client, Site, eventually, local, settle, spawn};
+use crate::support::{BOUND, Client, Process, Site, eventually, local, settle, spawn};
 
 const MIB: usize = 1024 * 1024;
 /// More than the kernel's buffers hold of a connection whose client does not read: 4 MiB to send (`tcp_wmem`), 32 to
@@ -475,6 +476,58 @@ fn knows_nowait(path: &Path) -> bool {
     let vector = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
     // SAFETY: the vector names one live byte; the descriptor is open.
     unsafe { libc::preadv2(file.as_raw_fd(), &raw const vector, 1, 0, libc::RWF_NOWAIT) == 1 }
+}
+
+/// Two trees and a link that leads to the first.
+fn releases(directory: &Directory) -> PathBuf {
+    for release in ["one", "two"] {
+        let tree = directory.0.join(release);
+        fs::create_dir(&tree).expect("it is new");
+        fs::write(tree.join("f"), release).expect("there is room");
+    }
+    let link = directory.0.join("current");
+    symlink(directory.0.join("one"), &link).expect("it is new");
+    link
+}
+
+fn switch(link: &Path, target: &Path) {
+    let next = link.with_extension("next");
+    symlink(target, &next).expect("it is new");
+    fs::rename(next, link).expect("it is ours");
+}
+
+#[test]
+fn a_restarted_executor_serves_the_directory_that_was_opened_and_a_reload_opens_it_anew_for_all() {
+    let directory = Directory::new();
+    let link = releases(&directory);
+    let path = link.display().to_string();
+    let mut server = spawn(&[], &["--executors", "3", "--chaos", "--root", &path, "--ready-path", "/-/ready"]);
+    let mut kept = server.connect();
+    let served = |server: &Process, release: &str| {
+        for _ in 0..16 {
+            assert_eq!(server.connect().get("/f").text(), release);
+        }
+    };
+    assert_eq!(kept.get("/f").text(), "one");
+    // Switched, and then away for a moment: nobody notices, those who start afresh included.
+    switch(&link, &directory.0.join("two"));
+    let mut last = server.connect();
+    last.ask("/chaos/escape");
+    server.wait_for_line("the executor serves again");
+    served(&server, "one");
+    fs::remove_file(&link).expect("it is ours");
+    let mut last = server.connect();
+    last.ask("/chaos/escape");
+    server.wait_for_line("the executor serves again");
+    served(&server, "one");
+    server.signal(libc::SIGHUP);
+    server.wait_for_line("--root stays the directory that it was: cannot serve files from");
+    served(&server, "one");
+    switch(&link, &directory.0.join("two"));
+    server.signal(libc::SIGHUP);
+    let line = server.wait_for_line("--root was opened anew");
+    assert!(line.contains(&directory.0.join("two").display().to_string()), "{line}");
+    served(&server, "two");
 }
 
 #[test]
