@@ -89,8 +89,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = parse_seconds)]
     drain_delay: f64,
 
-    /// Milliseconds that one turn of an executor may take; beyond, new connections go to others
-    #[arg(long, value_name = "MS", default_value_t = 100)]
+    /// Milliseconds that one turn of an executor may take, 1 at least; beyond, new connections go to others
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     stall_limit: u64,
 
     /// Seconds after which a stalled executor is held to hang; 0 is never
@@ -101,7 +101,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, default_value = "replace")]
     on_hang: OnHang,
 
-    /// Seconds a new binary may take to become ready after SIGUSR2
+    /// Seconds a new binary may take to become ready after SIGUSR2; 0 is no limit
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
     upgrade_timeout: f64,
 
@@ -261,7 +261,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .stop_on_signals()
         .stall_backtraces(true)
         .upgrade_on_signal()
-        .upgrade_timeout(Duration::from_secs_f64(arguments.upgrade_timeout))
+        .upgrade_timeout(limit(arguments.upgrade_timeout).unwrap_or(Duration::MAX))
         .systemd()
         .listen_by_default("127.0.0.1:8080")
         .backlog(arguments.backlog)

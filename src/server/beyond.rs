@@ -43,7 +43,7 @@ impl Builder {
     }
 
     /// How long the new process of an upgrade may take until every executor of it accepts connections. Then it is killed,
-    /// and this one goes on. Default 60 s, as tableflip's.
+    /// and this one goes on. Default 60 s, as tableflip's; [`Duration::MAX`] is no limit.
     pub fn upgrade_timeout(mut self, limit: Duration) -> Self {
         self.policy.upgrade_timeout = limit;
         self

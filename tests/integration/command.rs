@@ -20,6 +20,7 @@ fn usage_errors_are_explained_and_end_with_status_2() {
         (&["--header-bytes", "10"], &["8192"]),
         (&["--max-in-flight", "0"], &["--max-in-flight"]),
         (&["--max-delay", "soon"], &["--max-delay"]),
+        (&["--stall-limit", "0"], &["--stall-limit"]),
         (&["--ready-path", "ready"], &["--ready-path", "such as /ready"]),
         (&["--log", "ringleader=loud"], &["--log"]),
         (&["--no-such-flag"], &["--no-such-flag"]),

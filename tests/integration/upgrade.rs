@@ -60,6 +60,15 @@ fn on_sigusr2_a_new_process_takes_over_and_the_old_one_finishes_what_it_has() {
 }
 
 #[test]
+fn without_a_time_limit_a_new_process_takes_over_when_it_is_ready() {
+    let mut server = spawn(&[], &["--executors", "1", "--upgrade-timeout", "0"]);
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    assert_eq!(server.wait_alone(), Some(0));
+    assert_eq!(who(&mut server.connect()), heir.0);
+}
+
+#[test]
 fn upgrades_in_a_row_lose_no_connection() {
     let mut server = spawn(&[], &["--executors", "3"]);
     let address = server.address();
