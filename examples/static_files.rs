@@ -12,14 +12,14 @@ use ringleader::{Files, Request, Server, service_fn};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = std::env::args_os().nth(1).map_or_else(|| PathBuf::from("."), PathBuf::from);
-    // A directory that cannot be served is better known before anything has started.
-    drop(Files::open(&root)?);
+    // Opened once, before anything has started: an executor that starts afresh serves the same directory as the others.
+    let opened = Files::open(&root)?.listing(true);
     let address = std::env::args().nth(2).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
     println!("serving {} on http://{address}", root.display());
     let server = Server::builder().listen(address).stop_on_signals().serve(async move |_| {
-        // Each executor opens the directory for itself. What is read from a disk goes through its ring: a slow disk
-        // keeps this request waiting and no other.
-        let files = Files::open(&root)?.listing(true);
+        // Each executor has a descriptor of its own. What is read from a disk goes through its ring: a slow disk keeps
+        // this request waiting and no other.
+        let files = opened.try_clone()?;
         Ok(service_fn(async move |request: Request| Ok(files.respond(&request).await)))
     });
     server.run()?;
