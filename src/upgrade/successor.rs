@@ -187,12 +187,8 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Taken, String> {
-    if std::process::id() == 1 {
-        return Err(
-            "this is process 1 of its container, whose end ends all others: a new binary cannot take over here; \
-                    start a new container instead"
-                .to_owned(),
-        );
+    if let Some(why) = obstacle(std::process::id(), std::os::unix::process::parent_id(), |name| env::var(name).ok()) {
+        return Err(why.to_owned());
     }
     let (line, theirs) = descriptors::pair().map_err(|error| format!("making the sockets to talk to it: {error}"))?;
     let mut command = launch.command();
@@ -222,6 +218,24 @@ fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Take
             Err(bury(child, process.as_fd(), why))
         }
     }
+}
+
+/// Why the end of `process` would be the end of a process that it has started, too.
+fn obstacle(process: u32, parent: u32, variable: impl Fn(&str) -> Option<String>) -> Option<&'static str> {
+    if process == 1 {
+        return Some(
+            "this is process 1 of its container, whose end ends all others: a new binary cannot take over here; start a \
+             new container instead",
+        );
+    }
+    // The second is set from systemd 248 on, the first since 232; both are inherited by all that a service starts.
+    let of_unit = variable("INVOCATION_ID").is_some()
+        && variable("SYSTEMD_EXEC_PID").map_or(parent == 1, |main| main.parse() == Ok(process));
+    let heard = variable("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty());
+    (of_unit && !heard).then_some(
+        "systemd started this process and does not listen to it (NOTIFY_SOCKET is not set), so it would end the new \
+         process with this one; set Type=notify, or NotifyAccess=main, in the unit, and restart it this once",
+    )
 }
 
 fn spawn(command: &mut Command, line: OwnedFd) -> io::Result<Child> {
@@ -420,6 +434,28 @@ mod tests {
         assert_eq!(resolve(Path::new("./program"), Some(&directory), None), Some(directory.join("./program")));
         assert_eq!(resolve(Path::new("-sh"), root, Some("/bin".into())), None);
         std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn whose_end_would_end_its_successor_does_not_hand_over() {
+        let refused = |process, parent, variables: &[(&str, &str)]| {
+            let find =
+                |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+            obstacle(process, parent, find).is_some()
+        };
+        let unit = ("INVOCATION_ID", "0123");
+        assert!(refused(1, 0, &[]), "of a container");
+        assert!(!refused(70, 60, &[]));
+        // The main process of a unit, of a newer systemd and an older one.
+        assert!(refused(70, 1, &[unit, ("SYSTEMD_EXEC_PID", "70")]));
+        assert!(refused(70, 65, &[unit, ("SYSTEMD_EXEC_PID", "70")]), "of a user's own systemd");
+        assert!(refused(70, 1, &[unit]));
+        assert!(refused(70, 1, &[unit, ("NOTIFY_SOCKET", "")]));
+        // systemd hears who the next main process is.
+        assert!(!refused(70, 1, &[unit, ("SYSTEMD_EXEC_PID", "70"), ("NOTIFY_SOCKET", "/run/systemd/notify")]));
+        // Something that a unit has started: a shell in a terminal, a build.
+        assert!(!refused(70, 60, &[unit, ("SYSTEMD_EXEC_PID", "50")]));
+        assert!(!refused(70, 60, &[unit]));
     }
 
     #[test]

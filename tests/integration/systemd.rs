@@ -96,6 +96,20 @@ fn after_an_upgrade_the_new_process_is_the_service() {
     server.wait().expect(0, &["stopped"]);
 }
 
+#[test]
+fn in_a_unit_that_is_not_listened_to_an_upgrade_is_refused_and_the_service_goes_on() {
+    let mut command = Command::new("sh");
+    let script = "INVOCATION_ID=0123 SYSTEMD_EXEC_PID=$$ exec \"$0\" serve --listen 127.0.0.1:0 --executors 1";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_ringleader")]).env_remove("NOTIFY_SOCKET").stdin(Stdio::null());
+    let mut server = Process::of(&mut command).serving();
+    server.signal(libc::SIGUSR2);
+    let line = server.wait_for_line("no new process takes over");
+    assert!(line.contains("Type=notify"), "{line}");
+    assert_eq!(server.connect().get("/").status, 200);
+    server.signal(libc::SIGTERM);
+    server.wait().expect(0, &["stopped"]);
+}
+
 /// Opens listeners as `systemd-socket-activate` does, and becomes the command given to it.
 const ACTIVATE: &str = "
 import os, socket, sys
