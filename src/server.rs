@@ -344,7 +344,7 @@ impl Builder {
         self
     }
 
-    /// Connections open at once on one executor; more wait in the kernel's queue. Default: what the process's limit on
+    /// Connections open at once on one executor, 1 at least; more wait in the kernel's queue. Default: what the process's limit on
     /// open files leaves to each executor.
     pub fn connections_max(mut self, count: u64) -> Self {
         self.connections_max = Some(count);

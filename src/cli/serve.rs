@@ -49,7 +49,7 @@ pub(crate) struct Arguments {
     chaos: bool,
 
     /// Connections open at once on one executor; default: what the limit on open files allows
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     connections: Option<u64>,
 
     /// Requests being answered at once on one executor, above which it answers 503; default: no limit
@@ -62,7 +62,7 @@ pub(crate) struct Arguments {
     max_delay: Option<u64>,
 
     /// Connections that may wait to be accepted, per executor and address
-    #[arg(long, value_name = "N", default_value_t = 4096)]
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     backlog: u32,
 
     /// Seconds a client may take over the head of a request
@@ -110,7 +110,7 @@ pub(crate) struct Arguments {
     header_bytes: usize,
 
     /// Header fields of a request
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = parse_headers)]
     headers: usize,
 
     /// Bytes of a request body; 0 is no limit
@@ -205,6 +205,11 @@ fn parse_path(text: &str) -> Result<String, String> {
 fn parse_header_bytes(text: &str) -> Result<usize, String> {
     let bytes: usize = text.parse().map_err(|_| "give a number of bytes".to_owned())?;
     if bytes >= 8192 { Ok(bytes) } else { Err("8192 bytes is the least".to_owned()) }
+}
+
+fn parse_headers(text: &str) -> Result<usize, String> {
+    let count: usize = text.parse().map_err(|_| "give a number of fields".to_owned())?;
+    if count >= 1 { Ok(count) } else { Err("1 is the least: every request of HTTP/1.1 has `Host`".to_owned()) }
 }
 
 /// 0 stands for no limit.
