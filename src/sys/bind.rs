@@ -229,6 +229,12 @@ impl fmt::Display for BindError {
             Self::InUse { addr, holder } => {
                 write!(f, "cannot listen on {addr}: the address is in use by ")?;
                 match holder {
+                    Some(holder) if holder.pid == std::process::id() => {
+                        return f.write_str(
+                            "this process itself: two of the addresses that were given overlap (0.0.0.0 is every address of \
+                             IPv4), or another server of this process has it; give each address once",
+                        );
+                    }
                     Some(holder) => write!(f, "{holder}")?,
                     None => write!(f, "a process that /proc does not show (try `ss -ltnp` as root)")?,
                 }
@@ -343,7 +349,7 @@ mod tests {
             };
             assert_eq!(*reported, addr);
             assert_eq!(holder.pid, std::process::id());
-            assert!(error.to_string().contains(&holder.command), "{error}");
+            assert!(error.to_string().contains("this process itself"), "{error}");
         }
     }
 

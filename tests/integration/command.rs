@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use crate::support::{run, spawn};
+use crate::support::{eventually, run, spawn};
 
 #[test]
 fn usage_errors_are_explained_and_end_with_status_2() {
@@ -49,6 +49,22 @@ fn a_port_in_use_is_explained_with_its_holder() {
     let holder = format!("{}", first.id());
     run(&[], &["serve", "--listen", &address]).expect(1, &[&address, "in use", &holder, "ringleader"]);
     assert_eq!(first.connect().get("/").status, 200);
+}
+
+#[test]
+fn addresses_that_overlap_are_explained() {
+    for of_all in [false, true] {
+        // Again with another port when somebody takes this one meanwhile; a child of another test's may still have it.
+        eventually("both are this process's", || {
+            let free =
+                TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free");
+            let (address, all) = (free.to_string(), format!("0.0.0.0:{}", free.port()));
+            let first = if of_all { &all } else { &address };
+            let ended = run(&[], &["serve", "--listen", first, "--listen", &address]);
+            ended.expect(1, &[&address, "in use"]);
+            ended.printed.contains("this process itself") && ended.printed.contains("overlap")
+        });
+    }
 }
 
 #[test]
