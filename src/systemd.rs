@@ -1,13 +1,15 @@
 //! What systemd is told and what it hands over: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3), and its store of
 //! descriptors. Other service managers that speak the same protocols will do.
 //!
-//! Nothing here fails a server: what cannot be said is logged once.
+//! Nothing here fails a server: what cannot be said is logged once. Nor does anything wait for a manager that is slow to
+//! read: what it must hear is said again until there is room, what would fill its queue is said on another thread.
 
+use std::collections::VecDeque;
 use std::env;
 use std::ffi::OsStr;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram};
@@ -19,6 +21,12 @@ use crate::upgrade::Group;
 
 /// How often the status may change: once a second is as often as a person looks.
 const STATUS_PERIOD: Duration = Duration::from_secs(1);
+/// How soon a word that the service manager had no room for is said again.
+const RETRY_PERIOD: Duration = Duration::from_millis(50);
+/// Words that may wait so; there are two at a start, two at a reload and one at the end.
+const UNSENT_MAX: usize = 32;
+/// How long the end of a server may be held up by words that wait: an upgrade fails if systemd never hears of it.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 /// How long the service manager may leave its messages unread while it is given listeners.
 const STORE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What the names of our listeners in systemd's store begin with.
@@ -28,6 +36,9 @@ const STORED: &str = "ringleader-";
 #[derive(Debug)]
 pub struct Notifier {
     socket: UnixDatagram,
+    /// What there was no room for, in order.
+    unsent: VecDeque<String>,
+    retry_due: Instant,
     /// A failure has been logged.
     failed: bool,
     /// Another process is the service's main one: what this one says would be refused, or mislead.
@@ -42,6 +53,10 @@ pub struct Notifier {
 
 impl Drop for Notifier {
     fn drop(&mut self) {
+        let give_up = Instant::now() + LAST_WORDS_MAX;
+        while !self.send_unsent() && Instant::now() < give_up {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         for thread in self.storing.drain(..) {
             let _ = thread.join();
         }
@@ -65,6 +80,8 @@ impl Notifier {
         let now = Instant::now();
         Self {
             socket,
+            unsent: VecDeque::new(),
+            retry_due: now,
             failed: false,
             silent: false,
             watchdog,
@@ -110,22 +127,31 @@ impl Notifier {
     pub fn status(&mut self, text: &str, now: Instant) {
         if !self.silent && text != self.status && now >= self.status_due {
             self.status_due = now + STATUS_PERIOD;
-            text.clone_into(&mut self.status);
-            self.say(&format!("STATUS={}", text.replace('\n', " ")));
+            if self.mention(&format!("STATUS={}", text.replace('\n', " "))) {
+                text.clone_into(&mut self.status);
+            }
         }
     }
 
     /// Tells the watchdog that the supervisor goes round, when it is time.
     pub fn watchdog(&mut self, now: Instant) {
         if let Some(period) = self.watchdog.filter(|_| now >= self.watchdog_due) {
-            self.watchdog_due = now + period / 2;
-            self.say("WATCHDOG=1");
+            let said = self.mention("WATCHDOG=1");
+            self.watchdog_due = now + if said { period / 2 } else { RETRY_PERIOD.min(period / 2) };
         }
     }
 
-    /// When [`Notifier::watchdog`] is to be called at the latest.
+    /// When [`Notifier::watchdog`] or [`Notifier::retry`] is to be called at the latest.
     pub fn due(&self) -> Option<Instant> {
-        self.watchdog.map(|_| self.watchdog_due)
+        let retry = (!self.unsent.is_empty()).then_some(self.retry_due);
+        self.watchdog.map(|_| self.watchdog_due).into_iter().chain(retry).min()
+    }
+
+    /// Says again what there was no room for, when it is time.
+    pub fn retry(&mut self, now: Instant) {
+        if now >= self.retry_due && !self.send_unsent() {
+            self.retry_due = now + RETRY_PERIOD;
+        }
     }
 
     /// Gives systemd duplicates of these listeners, to hold for the next process of this service should this one crash.
@@ -136,59 +162,115 @@ impl Notifier {
     pub fn store(&mut self, groups: Vec<Group>) {
         let enabled = env::var("FDSTORE").is_ok_and(|most| most.parse().is_ok_and(|most: u64| most > 0));
         if enabled && !self.silent {
-            self.store_in_background(groups);
+            self.in_background(move |socket| store(socket, &groups));
         }
     }
 
-    fn store_in_background(&mut self, groups: Vec<Group>) {
+    fn in_background(&mut self, work: impl FnOnce(&UnixDatagram) -> io::Result<()> + Send + 'static) {
         let started = self.socket.try_clone().and_then(|socket| {
             let store = move || {
-                if let Err(error) = store(&socket, &groups) {
-                    tracing::warn!(%error, "the service manager could not be given the listeners to keep");
+                if let Err(error) = work(&socket) {
+                    tracing::warn!(%error, "the service manager could not be told what listeners to keep");
                 }
             };
             std::thread::Builder::new().name("store".to_owned()).spawn(store)
         });
         match started {
             Ok(thread) => self.storing.push(thread),
-            Err(error) => tracing::warn!(%error, "starting a thread that gives the listeners to the service manager"),
+            Err(error) => tracing::warn!(%error, "starting a thread that tells the service manager what to keep"),
         }
     }
 
-    /// Asks systemd to close a listener that it holds for us.
-    pub fn forget(&mut self, address: SocketAddr, index: usize) {
-        self.say(&format!("FDSTOREREMOVE=1\nFDNAME={}", stored_name(address, index)));
+    /// Asks systemd to close the listeners that it holds for us of these addresses, of each so many.
+    pub fn forget(&mut self, groups: Vec<(SocketAddr, usize)>) {
+        if !self.silent && !groups.is_empty() {
+            self.in_background(move |socket| forget(socket, &groups));
+        }
     }
 
+    /// Says what must be heard: if there is no room now, then when there is.
     fn say(&mut self, message: &str) {
-        if self.silent {
+        if self.silent || (self.unsent.is_empty() && self.attempt(message)) {
             return;
         }
-        if let Err(error) = self.socket.send(message.as_bytes())
-            && !std::mem::replace(&mut self.failed, true)
-        {
+        if self.unsent.is_empty() {
+            self.retry_due = Instant::now() + RETRY_PERIOD;
+        }
+        if self.unsent.len() < UNSENT_MAX {
+            self.unsent.push_back(message.to_owned());
+        } else {
+            self.warn(message, &io::ErrorKind::WouldBlock.into());
+        }
+    }
+
+    /// Says what there will be another occasion to say; false if there is no room now.
+    fn mention(&mut self, message: &str) -> bool {
+        self.silent || (self.unsent.is_empty() && self.attempt(message))
+    }
+
+    /// True when nothing waits any more.
+    fn send_unsent(&mut self) -> bool {
+        while let Some(message) = self.unsent.pop_front() {
+            if !self.attempt(&message) {
+                self.unsent.push_front(message);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// True when there is no more to be done about it; false if there is no room now.
+    fn attempt(&mut self, message: &str) -> bool {
+        match self.socket.send(message.as_bytes()) {
+            Ok(_) => true,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) => {
+                self.warn(message, &error);
+                true
+            }
+        }
+    }
+
+    fn warn(&mut self, message: &str, error: &io::Error) {
+        if !std::mem::replace(&mut self.failed, true) {
             tracing::warn!(%error, message, "the service manager could not be told; further failures are not logged");
         }
     }
 }
 
-/// A message for each listener, since its name tells its place. There may be a thousand: the manager gets time to read.
+/// A message for each listener, since its name tells its place.
 fn store(socket: &UnixDatagram, groups: &[Group]) -> io::Result<()> {
     for group in groups {
         for (index, listener) in group.listeners.iter().enumerate().skip(group.activated) {
             let message = format!("FDSTORE=1\nFDNAME={}", stored_name(group.address, index));
-            let give_up = Instant::now() + STORE_TIMEOUT;
-            loop {
-                match descriptors::send(socket.as_fd(), message.as_bytes(), &[listener.as_fd()]) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < give_up => {
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
-                    other => break other?,
-                }
-            }
+            send_patiently(socket, &message, &[listener.as_fd()])?;
         }
     }
     Ok(())
+}
+
+/// Likewise.
+fn forget(socket: &UnixDatagram, groups: &[(SocketAddr, usize)]) -> io::Result<()> {
+    for (address, listeners) in groups {
+        for index in 0..*listeners {
+            let message = format!("FDSTOREREMOVE=1\nFDNAME={}", stored_name(*address, index));
+            send_patiently(socket, &message, &[])?;
+        }
+    }
+    Ok(())
+}
+
+/// There may be a thousand such messages: the manager gets time to read.
+fn send_patiently(socket: &UnixDatagram, message: &str, with: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let give_up = Instant::now() + STORE_TIMEOUT;
+    loop {
+        match descriptors::send(socket.as_fd(), message.as_bytes(), with) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < give_up => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other,
+        }
+    }
 }
 
 fn connect(path: &OsStr) -> io::Result<UnixDatagram> {
@@ -350,21 +432,85 @@ mod tests {
         assert!(notifier.failed);
     }
 
+    /// Fills the manager's queue; with how many messages.
+    fn fill(notifier: &Notifier) -> usize {
+        notifier.socket.set_nonblocking(true).unwrap();
+        let count = (0..).take_while(|_| notifier.socket.send(b"full").is_ok()).count();
+        assert!(count > 0);
+        count
+    }
+
+    #[test]
+    fn what_a_manager_has_no_room_for_is_said_in_order_when_it_has() {
+        let (mut notifier, manager) = pair(Some(Duration::from_secs(10)));
+        let full = fill(&notifier);
+        notifier.ready();
+        notifier.reloading();
+        notifier.ready();
+        let start = Instant::now();
+        notifier.watchdog(start);
+        notifier.status("busy", start);
+        assert!(notifier.due().unwrap() <= start + RETRY_PERIOD, "it does not wait for the watchdog");
+        notifier.retry(start + RETRY_PERIOD);
+        assert_eq!(heard(&manager).len(), full);
+        notifier.retry(start + 2 * RETRY_PERIOD);
+        notifier.watchdog(start + 2 * RETRY_PERIOD);
+        notifier.status("busy", start + STATUS_PERIOD);
+        let said = heard(&manager);
+        assert_eq!((said[0].as_str(), said[2].as_str()), ("READY=1", "READY=1"));
+        assert!(said[1].starts_with("RELOADING=1"));
+        assert_eq!(said[3..], ["WATCHDOG=1", "STATUS=busy"]);
+        assert!(!notifier.failed && notifier.unsent.is_empty());
+    }
+
+    #[test]
+    fn the_last_word_is_said_when_there_is_room_although_the_server_ends() {
+        let (mut notifier, manager) = pair(None);
+        let full = fill(&notifier);
+        notifier.main_pid(77);
+        assert_eq!(heard(&manager).len(), full);
+        drop(notifier);
+        assert_eq!(heard(&manager), ["MAINPID=77"]);
+    }
+
+    #[test]
+    fn a_thousand_listeners_to_be_forgotten_hold_nobody_up() {
+        let (mut notifier, manager) = pair(None);
+        let address = "127.0.0.1:8080".parse().unwrap();
+        notifier.socket.set_nonblocking(true).unwrap();
+        notifier.ready();
+        notifier.forget(vec![(address, 1000)]);
+        manager.set_nonblocking(false).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut buffer = [0; 100];
+        let mut next =
+            || manager.recv(&mut buffer).map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned());
+        assert_eq!(next().unwrap(), "READY=1");
+        for index in 0..1000 {
+            let expected = format!("FDSTOREREMOVE=1\nFDNAME=ringleader-127.0.0.1_8080-{index}");
+            assert_eq!(next().unwrap(), expected);
+        }
+    }
+
     #[test]
     fn a_stored_listener_goes_with_a_name_that_tells_its_place() {
         let (mut notifier, manager) = pair(None);
         let address = "[::1]:8080".parse().unwrap();
         let listeners = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap().into()).collect();
-        notifier.store_in_background(vec![Group { address, listeners, activated: 2, sockets: None }]);
+        let groups = vec![Group { address, listeners, activated: 2, sockets: None }];
+        notifier.in_background(move |socket| store(socket, &groups));
         for thread in notifier.storing.drain(..) {
             thread.join().unwrap();
         }
-        notifier.forget(address, 4);
+        notifier.forget(vec![(address, 1)]);
+        for thread in notifier.storing.drain(..) {
+            thread.join().unwrap();
+        }
         let mut buffer = [0; 200];
         let (length, with) = descriptors::receive(manager.as_fd(), &mut buffer).unwrap();
         assert_eq!(&buffer[..length], b"FDSTORE=1\nFDNAME=ringleader-[__1]_8080-2");
         assert_eq!(with.len(), 1);
-        assert_eq!(heard(&manager), ["FDSTOREREMOVE=1\nFDNAME=ringleader-[__1]_8080-4"]);
+        assert_eq!(heard(&manager), ["FDSTOREREMOVE=1\nFDNAME=ringleader-[__1]_8080-0"]);
         assert_eq!(stored_index("ringleader-[__1]_8080-3"), Some(3));
         assert_eq!((stored_index("web.socket"), stored_index("ringleader.socket")), (None, None));
     }

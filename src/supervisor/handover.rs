@@ -90,10 +90,9 @@ impl Handover {
     fn started(&mut self, post: Post) {
         let rest = self.inheritance.close_rest();
         if let Some(notifier) = &mut self.notifier {
-            for (address, listeners) in rest {
-                (0..listeners).for_each(|index| notifier.forget(address, index));
-            }
+            // First: the manager waits for this, and not for ever.
             notifier.ready();
+            notifier.forget(rest);
         }
         if let Some(predecessor) = self.inheritance.predecessor.take() {
             predecessor.ready(move || post.send(Message::TakenOver));
@@ -187,6 +186,7 @@ impl Supervisor {
     pub(super) fn tell_service_manager(&mut self, now: Instant) {
         let status = (now >= self.handover.status_due && self.handover.notifier.is_some()).then(|| self.status());
         let Some(notifier) = &mut self.handover.notifier else { return };
+        notifier.retry(now);
         notifier.watchdog(now);
         if let Some(status) = status {
             self.handover.status_due = now + STATUS_PERIOD;
