@@ -27,7 +27,7 @@ use crate::panics::escalator::Escalator;
 use crate::panics::lines::{Lines, More};
 use crate::settings::{PanicPolicy, Settings};
 use crate::shard_local::Home;
-use crate::sys::memory;
+use crate::sys::{limits, memory};
 
 /// Hibernated connections from which on their memory, 8 KiB each, is worth a round through the allocator.
 const GIVE_BACK_MIN: u32 = 256;
@@ -44,6 +44,8 @@ static SERIAL: AtomicU64 = AtomicU64::new(0);
 pub(crate) enum Failure {
     /// The start-up closure returned an error, or panicked.
     Start(String),
+    /// What an executor is made from could not be had: what was attempted, what the system said, what to do.
+    NoResources(String),
     /// A panic got out of everything that contains one, or the policy is not to contain it.
     Panicked(Panic),
     /// Too many panics were contained; the last of them.
@@ -53,11 +55,30 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Of setting up an executor.
+    pub(crate) fn of_setup(attempt: &str, error: &std::io::Error) -> Self {
+        match limits::shortage(error) {
+            Some(advice) => Self::NoResources(format!("{attempt}: {error}; {advice}")),
+            None => Self::Start(format!("{attempt}: {error}")),
+        }
+    }
+
+    /// Of the start-up closure, which `error` came from. EAGAIN may mean anything there.
+    pub(crate) fn of_start_up(what: String, error: &(dyn std::error::Error + 'static)) -> Self {
+        let of_system = std::iter::successors(Some(error), |error| error.source())
+            .find_map(|error| error.downcast_ref::<std::io::Error>())
+            .filter(|error| error.kind() != std::io::ErrorKind::WouldBlock);
+        match of_system.and_then(limits::shortage) {
+            Some(advice) => Self::NoResources(format!("its start-up failed: {what}; {advice}")),
+            None => Self::Start(what),
+        }
+    }
+
     /// Of the panic, if there was one and a backtrace was asked for.
     pub(crate) fn backtrace(&self) -> Option<&Backtrace> {
         match self {
             Self::Panicked(panic) | Self::Escalated(panic) => panic.backtrace.as_deref(),
-            Self::Start(_) | Self::Background { .. } => None,
+            Self::Start(_) | Self::NoResources(_) | Self::Background { .. } => None,
         }
     }
 }

@@ -97,7 +97,7 @@ enum Next {
 pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended {
     let core = match start(seat, number, park) {
         Ok(core) => core,
-        Err(error) => return Ended::Failed(Failure::Start(format!("setting up the executor's io_uring: {error}"))),
+        Err(error) => return Ended::Failed(Failure::of_setup("setting up the executor's io_uring", &error)),
     };
     let connect = boot(&core, Arc::clone(&seat.factory), seat.components.clone());
     let mut generation = Generation {
@@ -165,8 +165,8 @@ fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>, components: Components) -> R
             match component.build(shard.clone()).await {
                 Ok(state) => home.states.add(component.key(), state),
                 Err(error) => {
-                    let error = format!("the sharded state '{}': {error}", component.name());
-                    return home.fail(Failure::Start(error));
+                    let what = format!("the sharded state '{}': {error}", component.name());
+                    return home.fail(Failure::of_start_up(what, &*error));
                 }
             }
         }
@@ -175,7 +175,7 @@ fn boot(core: &Rc<Core>, factory: Arc<dyn Factory>, components: Components) -> R
         home.inbox.look_again();
         match factory.boot(shard).await {
             Ok(connect) => *made.borrow_mut() = Some(connect),
-            Err(error) => home.fail(Failure::Start(error.to_string())),
+            Err(error) => home.fail(Failure::of_start_up(error.to_string(), &*error)),
         }
     };
     core.spawn(Box::pin(start), OnPanic::Escape);

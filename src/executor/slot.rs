@@ -10,11 +10,11 @@ use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
+use glommio::{LocalExecutor, LocalExecutorBuilder, Placement, PoolPlacement};
 
 use super::accept::Listener;
 use super::cells::Cells;
-use super::core::{Core, Scene};
+use super::core::{Core, Failure, Scene};
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
 use super::park::Park;
@@ -49,8 +49,9 @@ pub(crate) enum Report {
     Full { slot: u16, full: bool },
     /// The generation has ended and is torn down.
     Ended { slot: u16, generation: u64, ended: Ended },
-    /// The thread ends, expected or not: the last report of it.
-    ThreadEnded { slot: u16, thread: u32 },
+    /// The thread ends, expected or not: the last report of it. `failure`: it could not be made, or could not be made an
+    /// executor.
+    ThreadEnded { slot: u16, thread: u32, failure: Option<Failure> },
 }
 
 /// Where reports go; called on the slot's thread.
@@ -202,51 +203,69 @@ pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<JoinHan
     let name = format!("{}-{}", seat.settings.name, seat.slot);
     std::thread::Builder::new().name(name).spawn(move || {
         panics::mark_thread();
-        let _guard = ThreadGuard(Arc::clone(&seat), thread);
+        let mut guard = ThreadGuard { seat: Arc::clone(&seat), thread, failure: None };
         seat.occupy(Occupant::current());
-        execute(&seat);
+        guard.failure = execute(&seat).err();
     })
 }
 
 /// Tells the supervisor of the thread's end, whatever brought it about.
-struct ThreadGuard(Arc<SlotSeat>, u32);
+struct ThreadGuard {
+    seat: Arc<SlotSeat>,
+    thread: u32,
+    failure: Option<Failure>,
+}
 
 impl Drop for ThreadGuard {
     fn drop(&mut self) {
         // Whatever ended the thread: nobody is to wait for its answers.
-        self.0.inbox.close();
-        self.0.occupy(None);
-        self.0.heartbeat.asleep();
-        leave_home(&self.0);
-        (self.0.reports)(Report::ThreadEnded { slot: self.0.slot, thread: self.1 });
+        let seat = &self.seat;
+        seat.inbox.close();
+        seat.occupy(None);
+        seat.heartbeat.asleep();
+        leave_home(seat);
+        let (slot, thread, failure) = (seat.slot, self.thread, self.failure.take());
+        (seat.reports)(Report::ThreadEnded { slot, thread, failure });
     }
 }
 
-fn execute(seat: &SlotSeat) {
+/// Fails where there is not even an executor for generations to live in.
+fn execute(seat: &SlotSeat) -> Result<(), Failure> {
     if let Err(error) = socket::block_sigpipe() {
         tracing::warn!(slot = seat.slot, %error, "SIGPIPE is not blocked on an executor; harmless while the program ignores it");
     }
-    let executor = LocalExecutorBuilder::new(Placement::Fixed(seat.cpu))
+    let executor = make_executor(seat)?;
+    // It stays ours: glommio never drops a task that waits, and when a panic gets out of it nothing else of it either.
+    let mut outer = Box::pin(outer(seat));
+    catch_unwind(AssertUnwindSafe(|| executor.run(outer.as_mut()))).unwrap_or_else(|payload| {
+        report_fall(seat, &caught(payload));
+        queues::abandon();
+        take_down(outer);
+        Ok(())
+    })
+}
+
+fn make_executor(seat: &SlotSeat) -> Result<LocalExecutor, Failure> {
+    let builder = LocalExecutorBuilder::new(Placement::Fixed(seat.cpu))
         .name(&seat.settings.name)
         .io_memory(GLOMMIO_IO_MEMORY_BYTES)
         .ring_depth(GLOMMIO_RING_DEPTH)
         .preempt_timer(GLOMMIO_PREEMPT)
-        .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
-        .make();
-    let executor = match executor {
-        Ok(executor) => executor,
-        Err(error) => {
-            tracing::error!(slot = seat.slot, cpu = seat.cpu, %error, "glommio could not make an executor");
-            return;
+        .blocking_thread_pool_placement(PoolPlacement::Unbound(1));
+    let attempt = format!("making glommio's executor for CPU {}", seat.cpu);
+    match catch_unwind(AssertUnwindSafe(|| builder.make())) {
+        Ok(Ok(executor)) => Ok(executor),
+        Ok(Err(error)) => {
+            let of_system = error.raw_os_error().map(std::io::Error::from_raw_os_error);
+            Err(Failure::of_setup(&attempt, &of_system.unwrap_or_else(|| std::io::Error::other(error.to_string()))))
         }
-    };
-    // It stays ours: glommio never drops a task that waits, and when a panic gets out of it nothing else of it either.
-    let mut outer = Box::pin(outer(seat));
-    let ran = catch_unwind(AssertUnwindSafe(|| executor.run(outer.as_mut())));
-    if let Err(payload) = ran {
-        report_fall(seat, &caught(payload));
-        queues::abandon();
-        take_down(outer);
+        // glommio's way to say that it could not have the thread of its pool.
+        Err(payload) => {
+            let panic = caught(payload);
+            let refused = panic.message.contains("failed to spawn thread");
+            let kind = if refused { Failure::NoResources } else { Failure::Start };
+            Err(kind(format!("{attempt}: {panic}")))
+        }
     }
 }
 
@@ -280,14 +299,9 @@ fn take_down<F>(outer: F) {
     }
 }
 
-async fn outer(seat: &SlotSeat) {
-    let mut park = match Park::new(seat.inbox.as_fd()) {
-        Ok(park) => park,
-        Err(error) => {
-            tracing::error!(slot = seat.slot, %error, "making the eventfds and timers of an executor");
-            return;
-        }
-    };
+async fn outer(seat: &SlotSeat) -> Result<(), Failure> {
+    let mut park = Park::new(seat.inbox.as_fd())
+        .map_err(|error| Failure::of_setup("making the eventfds and timers of an executor", &error))?;
     loop {
         seat.inbox.begin();
         match seat.inbox.next_order() {
@@ -315,6 +329,7 @@ async fn outer(seat: &SlotSeat) {
         }
     }
     park.close().await;
+    Ok(())
 }
 
 /// Drops values of earlier generations that other threads have let go of by now.

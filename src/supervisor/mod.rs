@@ -12,6 +12,7 @@ pub(crate) mod provoke;
 mod rescue;
 pub(crate) mod signals;
 mod steer;
+mod threads;
 mod watch;
 mod watchdog;
 mod words;
@@ -275,27 +276,14 @@ impl Supervisor {
                 };
                 Some(Event::Ended { slot, generation: generation as u32, how })
             }
-            Report::ThreadEnded { slot, thread } => {
-                // Expected after a `Join`, which waits for the thread: only those that still stand died by themselves.
-                self.threads.contains_key(&(slot, thread)).then(|| {
-                    if self.left_behind.contains_key(&(slot, thread)) {
-                        tracing::info!(
-                            slot,
-                            thread,
-                            "an executor's thread that was left behind has come back and ended"
-                        );
-                    } else {
-                        tracing::error!(slot, thread, "an executor's thread ended");
-                    }
-                    Event::ThreadDied { slot, thread }
-                })
-            }
+            Report::ThreadEnded { slot, thread, failure } => self.thread_ended(slot, thread, failure.as_ref()),
         }
     }
 
     fn note_failure(&mut self, slot: u16, generation: u64, failure: &Failure) -> End {
         let (how, what) = match failure {
             Failure::Start(error) => (End::StartFailed, format!("its start-up failed: {error}")),
+            Failure::NoResources(what) => return self.note_shortage(slot, generation, what),
             Failure::Panicked(panic) => (End::Panicked, format!("it panicked: {panic}")),
             Failure::Escalated(last) => (End::Panicked, format!("too many of its panics were contained: {last}")),
             Failure::Background { name, error } => {
@@ -400,13 +388,13 @@ impl Supervisor {
                 seat.inbox.forget_orders();
                 slot::spawn(Arc::clone(seat), thread)
             });
-            let failure = started.as_ref().err().map(ToString::to_string);
+            let failure = started.as_ref().err().map(|error| Failure::of_setup("starting an executor's thread", error));
             // Known as if it had lived, so that the report counts.
             self.threads.insert((slot, thread), started.ok());
-            if let Some(error) = failure {
-                tracing::error!(slot, error, "an executor's thread could not be started");
+            if let Some(failure) = failure {
                 self.seat(slot).inbox.close();
-                return self.shared.post.send(Message::Report(Report::ThreadEnded { slot, thread }));
+                let report = Report::ThreadEnded { slot, thread, failure: Some(failure) };
+                return self.shared.post.send(Message::Report(report));
             }
         }
         self.seat(slot).inbox.order(SlotOrder::Start(u64::from(generation)));

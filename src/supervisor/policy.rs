@@ -52,6 +52,10 @@ pub const STOP_GRACE: Duration = Duration::from_secs(5);
 /// virtual machine): the executors did not run either, so their time to start or stop begins anew, once.
 pub const LATE_TICK: Duration = Duration::from_secs(1);
 
+/// How long a start that the system had no descriptors, memory or threads for waits at least, where the operator has set
+/// the backoff to less: without a pause it would be tried all the time.
+pub const SHORTAGE_PAUSE_MIN: Duration = Duration::from_millis(10);
+
 /// The supervisor's state of mind.
 #[derive(Debug)]
 pub struct Policy {
@@ -141,7 +145,8 @@ impl Policy {
             Event::Start => self.start(now),
             Event::Ready { slot, generation } => self.ready(slot, generation, now),
             Event::Ended { slot, generation, how } => self.ended(slot, generation, how, now),
-            Event::ThreadDied { slot, thread } => self.thread_died(slot, thread, now),
+            Event::ThreadDied { slot, thread } => self.thread_over(slot, thread, None, now),
+            Event::ThreadRefused { slot, thread } => self.thread_over(slot, thread, Some(End::NoResources), now),
             Event::Stalled { slot, generation } => self.stalled(slot, generation, now),
             Event::Starved { slot, generation } => self.starved(slot, generation, now),
             Event::Recovered { slot, generation } => self.recovered(slot, generation),
@@ -212,6 +217,7 @@ impl Policy {
         };
         if slot.generation == generation && matches!(slot.state, State::Starting(_)) {
             slot.state = State::Ready { since: now, health: Health::Well };
+            slot.shortages = 0;
         }
     }
 
@@ -232,14 +238,15 @@ impl Policy {
         }
     }
 
-    fn thread_died(&mut self, slot: u16, thread: u32, now: Instant) {
+    /// A thread has ended, with the generation it had; what that says of the generation is `how`.
+    fn thread_over(&mut self, slot: u16, thread: u32, how: Option<End>, now: Instant) {
         let index = usize::from(slot);
         match self.slots.get(index) {
             Some(slot) if slot.thread == thread && slot.holds != Thread::None => {
                 let live = slot.state.is_live();
                 self.retire_thread(index);
                 if live {
-                    self.generation_over(index, None, now);
+                    self.generation_over(index, how, now);
                 }
             }
             Some(_) => {
@@ -297,7 +304,7 @@ impl Policy {
     /// A live generation is no more. `how` is `None` if its thread went with it.
     fn generation_over(&mut self, index: usize, how: Option<End>, now: Instant) {
         match self.phase {
-            Phase::Running | Phase::LameDuck { .. } => self.over_in_service(index, now),
+            Phase::Running | Phase::LameDuck { .. } => self.over_in_service(index, how, now),
             Phase::Starting => {
                 self.lay_down(index);
                 self.fail_start(index, Failure::from_end(how), now);
@@ -309,13 +316,17 @@ impl Policy {
         }
     }
 
-    fn over_in_service(&mut self, index: usize, now: Instant) {
+    fn over_in_service(&mut self, index: usize, how: Option<End>, now: Instant) {
         let slot = &self.slots[index];
         let retired = matches!(slot.state, State::Draining { .. } | State::Stopping { retired: true, .. });
         match slot.wanted {
             false => self.rest(index),
             // It was on its way out when it was wanted again.
             true if retired => self.begin(index, now),
+            true if how == Some(End::NoResources) => {
+                let slot = &mut self.slots[index];
+                slot.state = State::Backoff { until: slot.go_short(&self.config.restart, &mut self.random, now) };
+            }
             true => self.restart(index, now),
         }
     }

@@ -44,6 +44,22 @@ pub fn somaxconn() -> Option<u32> {
     fs::read_to_string("/proc/sys/net/core/somaxconn").ok()?.trim().parse().ok()
 }
 
+/// What to do about an error that says that the system has no descriptors, memory or threads to give at the moment; `None`
+/// for any other error.
+pub fn shortage(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error()? {
+        libc::EMFILE => {
+            Some("raise the limit on open files (ulimit -n; LimitNOFILE= of a unit), or allow fewer connections")
+        }
+        libc::ENFILE => Some("all descriptors of the system are in use: raise fs.file-max, or end what holds them"),
+        libc::ENOMEM | libc::ENOBUFS => {
+            Some("free memory, or raise the limits on it (of the cgroup; ulimit -l, LimitMEMLOCK= of a unit)")
+        }
+        libc::EAGAIN => Some("raise the limit on threads (ulimit -u; TasksMax= and LimitNPROC= of a unit)"),
+        _ => None,
+    }
+}
+
 /// C libraries differ in the type of the constants; this is glibc's or musl's.
 #[cfg(target_env = "gnu")]
 type Resource = libc::__rlimit_resource_t;
@@ -79,6 +95,14 @@ mod tests {
         assert_eq!(raised.soft, raised.hard);
         assert_eq!((raised.hard, raised.was), (before.hard, before.soft));
         assert_eq!(nofile().unwrap().soft, raised.soft);
+    }
+
+    #[test]
+    fn a_shortage_is_told_from_other_errors() {
+        let of = |errno| shortage(&io::Error::from_raw_os_error(errno)).is_some();
+        assert!([libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::EAGAIN].into_iter().all(of));
+        assert!(![libc::EPERM, libc::EINVAL, libc::ENOSYS, libc::ECONNREFUSED].into_iter().any(of));
+        assert_eq!(shortage(&io::Error::other("not from the system")), None);
     }
 
     #[test]

@@ -84,3 +84,34 @@ fn executors_that_run_out_together_leave_nobody_waiting() {
     });
     eventually("every reserve is back, and nothing else is open", || server.descriptors() == idle);
 }
+
+/// The only executor falls by what `path` does while no descriptor can be had; two failures would have its slot quarantined.
+fn outlasts_a_lack_of_descriptors(path: &str, attempt: &str) {
+    let executors = ["--executors", "1", "--quarantine-after", "2", "--hang-timeout", "0.3", "--chaos"];
+    let mut server = spawn(&[], &executors);
+    let mut client = server.connect();
+    assert_eq!(client.get("/whoami").status, 200);
+    // Fewer than there are: not one can be opened, wherever there is a gap.
+    let allowed = server.limit_descriptors_for_now(3);
+    client.ask(path);
+    for _ in 0..4 {
+        let line = server.wait_for_line("an executor could not be started");
+        for part in [attempt, "Too many open files", "raise the limit on open files", "it is tried again"] {
+            assert!(line.contains(part), "no {part:?} in {line}");
+        }
+    }
+    let mut waiting = server.connect();
+    waiting.ask("/whoami");
+    server.limit_descriptors_for_now(allowed);
+    assert_eq!(waiting.answer().status, 200, "who came meanwhile is served");
+}
+
+#[test]
+fn an_executor_that_cannot_have_a_ring_is_tried_again_until_it_can() {
+    outlasts_a_lack_of_descriptors("/chaos/escape", "setting up the executor's io_uring");
+}
+
+#[test]
+fn an_executor_that_cannot_have_a_thread_is_tried_again_until_it_can() {
+    outlasts_a_lack_of_descriptors("/chaos/spin?ms=60000", "starting an executor's thread");
+}

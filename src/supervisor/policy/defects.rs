@@ -11,6 +11,8 @@ pub(super) enum Defect {
     SkipBackoff,
     ForgetSlotAfterCrash,
     NeverQuarantine,
+    ShortageIsACrash,
+    TryShortageAtOnce,
     StartQuarantined,
     StartAfterStop,
     DropExit,
@@ -73,6 +75,10 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
     }
     let event = match (defect, event) {
         (Defect::BelieveStale, event) => believe(policy, event),
+        (Defect::ShortageIsACrash, Event::Ended { slot, generation, how: End::NoResources }) => {
+            Event::Ended { slot, generation, how: End::StartFailed }
+        }
+        (Defect::ShortageIsACrash, Event::ThreadRefused { slot, thread }) => Event::ThreadDied { slot, thread },
         (Defect::ForgetRecovery, Event::Recovered { .. }) => Event::Tick,
         (Defect::ReplaceStarved, Event::Starved { slot, generation }) => Event::Stalled { slot, generation },
         (_, event) => event,
@@ -89,6 +95,9 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
     change_actions(policy, defect, &mut actions);
     for slot in &mut policy.slots {
         spoil_state(defect, &mut slot.state, now);
+        if let (Defect::TryShortageAtOnce, State::Backoff { until }, 1..) = (defect, &mut slot.state, slot.shortages) {
+            *until = now;
+        }
         if defect == Defect::NeverQuarantine {
             slot.recent.clear();
         }

@@ -17,6 +17,9 @@ pub enum Event {
     /// An executor's thread has ended, with whatever generation it had. `thread` is the number from
     /// [`Action::StartGeneration`].
     ThreadDied { slot: u16, thread: u32 },
+    /// No thread could be made for the generation, or its thread ended before it could run one, because the system has no
+    /// descriptors, memory or threads to give.
+    ThreadRefused { slot: u16, thread: u32 },
     /// The executor has been busy with one turn for longer than [`Config::stall_limit`], and its thread has used that
     /// much CPU. Counts for a generation that serves; a start that takes long has a limit of its own.
     Stalled { slot: u16, generation: u32 },
@@ -81,6 +84,10 @@ pub enum End {
     Panicked,
     /// A background task answered with an error.
     Failed,
+    /// It did not begin: the system has no descriptors, memory or threads to give. That is not the slot's fault, nor
+    /// anything that another try makes worse, so it is tried again for as long as it takes, and is no step towards
+    /// quarantine.
+    NoResources,
 }
 
 /// Why a generation is held to have failed.
@@ -98,6 +105,8 @@ pub enum Failure {
     EndedUnasked,
     /// Its thread ended.
     ThreadDied,
+    /// The system has no descriptors, memory or threads to give.
+    NoResources,
 }
 
 impl Failure {
@@ -108,6 +117,7 @@ impl Failure {
             Some(End::StartFailed) => Self::StartFailed,
             Some(End::Panicked) => Self::Panicked,
             Some(End::Failed) => Self::Failed,
+            Some(End::NoResources) => Self::NoResources,
             Some(End::Drained | End::Stopped) => Self::EndedUnasked,
         }
     }

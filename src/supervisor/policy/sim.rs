@@ -56,6 +56,7 @@ fn assert_nothing_was_missed(seen: &BTreeMap<&'static str, u64>) {
         "backoff",
         "fresh thread",
         "crash loop",
+        "shortage",
         "stuck",
         "jump",
         "most quarantined",
@@ -117,6 +118,8 @@ macro_rules! caught {
 caught! {
     catches_a_skipped_backoff: SkipBackoff by "backoff" | "deadline";
     catches_a_forgotten_slot: ForgetSlotAfterCrash by "slot comes back";
+    catches_a_shortage_taken_for_a_crash: ShortageIsACrash by "slot comes back" | "backoff" | "quarantine";
+    catches_a_shortage_that_is_tried_at_once: TryShortageAtOnce by "backoff" | "deadline";
     catches_a_missing_quarantine: NeverQuarantine by "quarantine";
     catches_a_start_in_quarantine: StartQuarantined by "start in quarantine";
     catches_a_start_after_stop: StartAfterStop by "start after stop" | "one exit";
@@ -157,7 +160,7 @@ caught! {
     catches_an_upgrade_without_answer: NoUpgradeAnswer by "one answer";
     catches_a_successor_left_alive: ForgetKill by "upgrade answer" | "re-attach";
     catches_a_table_left_to_the_successor: NoReattach by "re-attach";
-    catches_a_start_after_the_hand_over: GoOnAfterHandOver by "start after stop";
+    catches_a_start_after_the_hand_over: GoOnAfterHandOver by "start after stop" | "one exit";
     catches_a_lame_duck_that_drains_at_once: NoDelay by "drain" | "listeners";
     catches_listeners_kept: KeepListeners by "listeners" | "outcome";
 }

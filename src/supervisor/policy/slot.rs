@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::{Config, LATE_TICK, RestartPolicy};
+use super::{Config, LATE_TICK, RestartPolicy, SHORTAGE_PAUSE_MIN};
 
 /// A slot, for display and metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ pub struct SlotStatus {
     /// The latest generation, live or not; 0 before the first.
     pub generation: u32,
     pub state: SlotState,
-    /// Failures in a row, without a healthy generation in between.
+    /// Failures in a row, without a healthy generation in between, and starts in a row that the system had nothing for.
     pub failures: u32,
     /// When the next generation starts, during a backoff.
     pub restart_at: Option<Instant>,
@@ -61,6 +61,8 @@ pub(super) struct Slot {
     pub(super) leaked: Vec<Leaked>,
     /// Failures without a healthy generation in between.
     pub(super) in_a_row: u32,
+    /// Starts in a row that the system had nothing for.
+    pub(super) shortages: u32,
     /// When the latest failures were, at most `quarantine_after` of them.
     pub(super) recent: VecDeque<Instant>,
 }
@@ -147,6 +149,7 @@ impl Slot {
             wanted: false,
             leaked: Vec::new(),
             in_a_row: 0,
+            shortages: 0,
             recent: VecDeque::new(),
         }
     }
@@ -168,6 +171,14 @@ impl Slot {
             return Verdict::Quarantine;
         }
         Verdict::RestartAt(later(now, policy.pause(self.in_a_row, random)))
+    }
+
+    /// Enters a start that the system had nothing for, and says when to try again: never at once, since nothing has changed
+    /// by then, and what crash loops are known by is left alone.
+    pub(super) fn go_short(&mut self, policy: &RestartPolicy, random: &mut Random, now: Instant) -> Instant {
+        self.shortages = self.shortages.saturating_add(1);
+        let pause = policy.pause(self.shortages.saturating_add(1), random);
+        later(now, pause.max(SHORTAGE_PAUSE_MIN))
     }
 
     fn is_crash_loop(&mut self, policy: &RestartPolicy, now: Instant) -> bool {
@@ -205,7 +216,7 @@ impl Slot {
             slot: self.index,
             generation: self.generation,
             state,
-            failures: self.in_a_row,
+            failures: self.in_a_row.saturating_add(self.shortages),
             restart_at,
             abandoned: self.abandoned(),
             wanted: self.wanted,

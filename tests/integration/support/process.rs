@@ -178,6 +178,19 @@ impl Process {
         Duration::from_millis(ticks * 10)
     }
 
+    /// Sets what applies of its limit on open files, which may be raised again; answers with what applied before.
+    pub fn limit_descriptors_for_now(&self, count: u64) -> u64 {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `limit` is a valid `struct rlimit` to write to; no new one is given.
+        let read = unsafe { libc::prlimit(self.id() as i32, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
+        let before = std::mem::replace(&mut limit.rlim_cur, count);
+        // SAFETY: `limit` is a valid `struct rlimit`; the old one is not asked for.
+        let set =
+            unsafe { libc::prlimit(self.id() as i32, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+        assert_eq!((read, set), (0, 0), "prlimit: {}", std::io::Error::last_os_error());
+        before
+    }
+
     /// Sets its limit on open files.
     pub fn limit_descriptors(&self, count: u64) {
         let limit = libc::rlimit { rlim_cur: count, rlim_max: count };

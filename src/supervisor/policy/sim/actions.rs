@@ -119,9 +119,10 @@ impl Model {
         rule("thread number", thread == threads, thread)?;
         let mut seen = Vec::new();
         if let Some(since) = account.waits_since.take() {
-            let (shortest, _) = pause(restart, account.in_a_row);
+            let (shortest, _) = account.pause(restart);
             rule("backoff", now - since >= shortest, (now - since, shortest))?;
-            seen.push(if account.in_a_row > 1 { "backoff" } else { "restart" });
+            seen.push(if shortest > Duration::ZERO { "backoff" } else { "restart" });
+            seen.extend(account.is_short.then_some("shortage"));
         } else {
             rule("start", scaled || account.retired_now, "nothing had failed, and nobody asked")?;
             seen.extend((self.event != Event::Start).then_some("scaled up"));
@@ -401,13 +402,23 @@ impl Account {
         matches!(self.life, Life::Ready { .. }) && self.illness.is_none()
     }
 
+    /// The shortest and the longest pause before the restart that it waits for.
+    pub(super) fn pause(&self, restart: &RestartPolicy) -> (Duration, Duration) {
+        if !self.is_short {
+            return pause(restart, self.in_a_row);
+        }
+        // Never at once: the first one waits as long as the second crash does.
+        let (shortest, longest) = pause(restart, self.shortages + 1);
+        (shortest.max(SHORTAGE_PAUSE_MIN), longest.max(SHORTAGE_PAUSE_MIN))
+    }
+
     pub(super) fn left_behind(&self) -> usize {
         self.leaks.len() + usize::from(self.given_up)
     }
 }
 
 /// The shortest and the longest pause before the restart after so many failures in a row.
-pub(super) fn pause(restart: &RestartPolicy, in_a_row: u32) -> (Duration, Duration) {
+fn pause(restart: &RestartPolicy, in_a_row: u32) -> (Duration, Duration) {
     if in_a_row < 2 {
         return (Duration::ZERO, Duration::ZERO);
     }

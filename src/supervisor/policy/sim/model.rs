@@ -85,6 +85,10 @@ pub(super) struct Account {
     pub(super) leaks: Vec<Leak>,
     pub(super) quarantined: bool,
     pub(super) in_a_row: u32,
+    /// Starts in a row that the system had nothing for.
+    pub(super) shortages: u32,
+    /// What it waits for is the end of a shortage.
+    pub(super) is_short: bool,
     pub(super) failures: Vec<Instant>,
     /// Failed at, and not started since.
     pub(super) waits_since: Option<Instant>,
@@ -152,6 +156,8 @@ impl Model {
             leaks: Vec::new(),
             quarantined: false,
             in_a_row: 0,
+            shortages: 0,
+            is_short: false,
             failures: Vec::new(),
             waits_since: None,
             retired_now: false,
@@ -240,6 +246,7 @@ impl Model {
                 let account = &mut self.slots[usize::from(slot)];
                 if account.generation == generation && account.life == Life::Starting {
                     account.life = Life::Ready { since: self.now };
+                    account.shortages = 0;
                 }
             }
             Event::Ended { slot, generation, how } => {
@@ -250,13 +257,14 @@ impl Model {
                     self.generation_over(slot, Some(how));
                 }
             }
-            Event::ThreadDied { slot, thread } => {
+            Event::ThreadDied { slot, thread } | Event::ThreadRefused { slot, thread } => {
                 let account = &mut self.slots[usize::from(slot)];
                 if let Some(leak) = account.leaks.iter_mut().find(|leak| leak.thread == thread) {
                     leak.back = true;
                 } else if account.threads == thread && account.unjoined {
                     account.thread_dead = true;
-                    self.generation_over(slot, None);
+                    let refused = matches!(event, Event::ThreadRefused { .. });
+                    self.generation_over(slot, refused.then_some(End::NoResources));
                 }
             }
             Event::Stalled { slot, generation } => self.ill(slot, generation, true),
@@ -343,6 +351,7 @@ impl Model {
         }
         account.in_a_row += 1;
         account.failures.push(now);
+        account.is_short = false;
         account.waits_since = Some(now);
         account.illness = None;
     }
@@ -358,6 +367,9 @@ impl Model {
         let retired = matches!(account.life, Life::Draining { .. } | Life::Stopping { retired: true, .. });
         if serves && (retired || !account.wanted) {
             account.retired_now = true;
+        } else if serves && how == Some(End::NoResources) {
+            account.shortages += 1;
+            (account.is_short, account.waits_since) = (true, Some(now));
         } else if serves {
             Self::fails(account, healthy_after, now);
         } else if starting {

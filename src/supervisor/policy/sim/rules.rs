@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use super::super::*;
-use super::actions::pause;
 use super::model::{Account, Broken, Life, Model, Succession, rule};
 
 impl Model {
@@ -142,7 +141,7 @@ impl Model {
             rule("quarantine", out || account.life != Life::None || !self.is_crash_loop(index), account)?;
             rule("leaked threads", account.leaks.len() < most || account.quarantined, account)?;
             if let Some(since) = account.waits_since.filter(|_| self.serves()) {
-                let (_, longest) = pause(&self.config.restart, account.in_a_row);
+                let (_, longest) = account.pause(&self.config.restart);
                 let due = status.restart_at.is_some_and(|at| at <= since + longest);
                 rule("slot comes back", due && !longest.is_zero(), account)?;
             }

@@ -17,6 +17,7 @@ struct Temper {
     bad_start: bool,
     start_fails: u64,
     start_hangs: u64,
+    shortages: u64,
     crashes: u64,
     thread_dies: u64,
     deaf: u64,
@@ -37,6 +38,7 @@ impl Temper {
             bad_start,
             start_fails: up_to(2, 20),
             start_hangs: up_to(1, 8),
+            shortages: up_to(2, 30),
             crashes: up_to(40, 100),
             thread_dies: up_to(10, 40),
             deaf: up_to(5, 40),
@@ -251,6 +253,11 @@ impl World {
             return;
         }
         let mut at = self.now + self.dice.up_to(Duration::from_millis(300));
+        if !spared && self.dice.chance(self.temper.shortages) {
+            let ended = Event::Ended { slot, generation, how: End::NoResources };
+            let refused = Event::ThreadRefused { slot, thread };
+            return self.post.push((at, if self.dice.chance(50) { ended } else { refused }));
+        }
         let fails = !spared && self.dice.chance(self.temper.start_fails);
         if !fails {
             self.post.push((at, Event::Ready { slot, generation }));
