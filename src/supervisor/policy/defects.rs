@@ -57,6 +57,7 @@ pub(super) enum Defect {
     KeepListeners,
     NoReversalPenalty,
     OneSampleIsEnough,
+    StalledAreIdle,
 }
 
 const NEVER: Duration = Duration::from_secs(1_000_000_000);
@@ -75,6 +76,10 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
     }
     let event = match (defect, event) {
         (Defect::BelieveStale, event) => believe(policy, event),
+        (Defect::StalledAreIdle, Event::Load { mut samples }) => {
+            samples.retain(|load| policy.slots[usize::from(load.slot)].state.is_active());
+            Event::Load { samples }
+        }
         (Defect::ShortageIsACrash, Event::Ended { slot, generation, how: End::NoResources }) => {
             Event::Ended { slot, generation, how: End::StartFailed }
         }

@@ -6,6 +6,9 @@
 //! - after a removal the rest has `total / (n - 1) <= low < high`, so none is added;
 //! - after an addition, n + 1 would go back to n only if `total / n <= low`, but it was `> high`.
 //!
+//! A stalled executor is one that is as busy as can be: left out, a server would not grow while all its executors are stalled,
+//! which is when it should.
+//!
 //! Load has to change by the ratio of the two, 1.4 with the defaults, before the direction changes. Noise that does so is
 //! held off by the samples that must agree in a row, and where that is not enough, each reversal makes the next removal
 //! wait for longer. (Additions of several at once may overshoot; removals then lead back, and end where they should.)
@@ -15,10 +18,10 @@ use super::{Scaling, TargetReason};
 /// What is known of the load at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sample {
-    /// Utilisation, added up over the active executors.
+    /// Utilisation, added up over the executors that serve, starved ones apart; stalled ones are at 1.
     pub(super) total: f32,
-    /// So many are active.
-    pub(super) active: u16,
+    /// So many are these.
+    pub(super) working: u16,
     /// Connections that wait in their listen queues.
     pub(super) queue: u64,
     /// The others that are wanted are quarantined, and nobody is down who will be back.
@@ -65,7 +68,7 @@ impl Scaler {
         self.since_down = self.since_down.map(|samples| samples.saturating_add(1));
         let held = self.hold > 0;
         self.hold = self.hold.saturating_sub(1);
-        if sample.active == 0 {
+        if sample.working == 0 {
             return None;
         }
         let more = bounds.target < bounds.max && !sample.starting;
@@ -83,10 +86,10 @@ impl Scaler {
         // Nothing is taken away while somebody is down.
         let fewer = step > 0 && sample.settled;
         // Those who are quarantined go first.
-        let rest = sample.active.min(bounds.target - step);
+        let rest = sample.working.min(bounds.target - step);
         count(&mut self.below, fewer && sample.total <= config.low.min(config.high) * f32::from(rest));
         if !sample.starting {
-            count(&mut self.above, sample.total > config.high * f32::from(sample.active));
+            count(&mut self.above, sample.total > config.high * f32::from(sample.working));
         }
         if more && self.above >= config.up_after.max(1) {
             return Some((self.up(config, bounds, config.step_up), TargetReason::Busy));

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::scaling::{Bounds, Sample};
-use super::slot::{Limit, Slot, State};
+use super::slot::{Health, Limit, Slot, State};
 use super::{Action, DrainReason, Phase, Policy, ScaleRefusal, SlotLoad, TargetReason};
 
 impl Policy {
@@ -29,15 +29,20 @@ impl Policy {
         if self.phase != Phase::Running || self.upgrade.is_waiting() || self.sample_period().is_none() {
             return;
         }
-        let active =
-            |load: &&SlotLoad| self.slots.get(usize::from(load.slot)).is_some_and(|slot| slot.state.is_active());
         let here = |slot: &Slot| slot.state.is_active() || slot.state == State::Quarantined;
         let settled = self.wanted().all(here);
         let starting = self.slots.iter().any(Slot::is_coming);
-        let mut sample = Sample { total: 0.0, active: 0, queue: 0, settled, starting };
-        for load in samples.iter().filter(active) {
-            sample.total += load.utilisation.clamp(0.0, 1.0);
-            sample.active += 1;
+        let mut sample = Sample { total: 0.0, working: 0, queue: 0, settled, starting };
+        for load in samples {
+            let state = self.slots.get(usize::from(load.slot)).map(|slot| slot.state);
+            sample.total += match state {
+                Some(State::Ready { health: Health::Well, .. }) => load.utilisation.clamp(0.0, 1.0),
+                // Nobody is busier.
+                Some(State::Ready { health: Health::Stalled { .. }, .. }) => 1.0,
+                // One that is starved would need CPU, and another executor would take it from the same place.
+                _ => continue,
+            };
+            sample.working += 1;
             sample.queue += u64::from(load.queue);
         }
         let (min, max) = self.bounds();

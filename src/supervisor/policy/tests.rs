@@ -779,7 +779,7 @@ fn the_penalty_of_reversals_is_bounded_and_forgiven() {
     let config = Scaling { up_after: 1, down_after: 3, reversal_penalty: 6, ..Scaling::default() };
     let mut scaler = Scaler::new(&config);
     let mut after = |total: f32| {
-        let sample = Sample { total, active: 5, queue: 0, settled: true, starting: false };
+        let sample = Sample { total, working: 5, queue: 0, settled: true, starting: false };
         let bounds = Bounds { min: 1, max: 9, target: 5 };
         let samples = (1..).find(|_| scaler.sample(&config, sample, bounds).is_some()).unwrap();
         (samples, scaler.down_after)

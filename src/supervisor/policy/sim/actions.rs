@@ -287,10 +287,13 @@ impl Model {
         let fits = (min..=max).contains(&count) || why == TargetReason::Queue && count <= max;
         rule("scale bounds", min < max && fits, (min, max, count))?;
         rule("upgrade", !self.is_upgrading(), "it is no time for scaling")?;
-        let active = samples.iter().filter(|load| self.slots[usize::from(load.slot)].is_active());
         let (mut total, mut queue, mut loads) = (0.0, 0, 0_u16);
-        for load in active {
-            total += load.utilisation;
+        for load in samples {
+            total += match &self.slots[usize::from(load.slot)] {
+                account if account.is_active() => load.utilisation,
+                account if account.illness.is_some_and(|illness| illness.stalled) => 1.0,
+                _ => continue,
+            };
             queue += load.queue;
             loads += 1;
         }

@@ -56,6 +56,10 @@ impl Ramp {
             self.now += Duration::from_secs(1);
             let active: Vec<u16> =
                 self.policy.slots().filter(|s| s.state == SlotState::Ready).map(|s| s.slot).collect();
+            if active.is_empty() {
+                self.load_of_the_stalled();
+                continue;
+            }
             let share = work / active.len() as f32;
             let mut samples = Vec::new();
             for slot in active {
@@ -65,6 +69,20 @@ impl Ramp {
             }
             self.step(Event::Load { samples });
         }
+    }
+
+    /// Everybody who serves is in a turn that takes too long, or is back from it.
+    fn all(&mut self, event: impl Fn(u16, u32) -> Event) {
+        let serving = |status: &SlotStatus| matches!(status.state, SlotState::Ready | SlotState::Stalled);
+        let slots: Vec<_> = self.policy.slots().filter(serving).collect();
+        slots.into_iter().for_each(|status| self.step(event(status.slot, status.generation)));
+    }
+
+    /// The counters of an executor stand still while its turn lasts.
+    fn load_of_the_stalled(&mut self) {
+        let stalled: Vec<_> = self.policy.slots().filter(|status| status.state == SlotState::Stalled).collect();
+        let load = |status: &SlotStatus| SlotLoad { slot: status.slot, utilisation: 0.0, queue: 0 };
+        self.step(Event::Load { samples: stalled.iter().map(load).collect() });
     }
 
     /// From one share of what `max` executors can do to another, in a straight line.
@@ -150,4 +168,26 @@ fn noise_is_not_followed() {
 #[test]
 fn catches_decisions_on_one_sample() {
     assert!(reversals_of_a_noisy_load(Some(Defect::OneSampleIsEnough)) > 2);
+}
+
+/// Work that comes as turns of some seconds each: whoever takes some is stalled, and so is whoever is added. Then calm.
+fn targets_of_a_server_that_stalls(defect: Option<Defect>) -> Vec<u16> {
+    let mut ramp = Ramp::new(1, 4, 0.0, 1, defect);
+    for _ in 0..60 {
+        ramp.all(|slot, generation| Event::Stalled { slot, generation });
+        ramp.load(0.0, 1);
+    }
+    ramp.all(|slot, generation| Event::Recovered { slot, generation });
+    ramp.load(0.4, 200);
+    ramp.targets
+}
+
+#[test]
+fn a_server_whose_executors_are_all_stalled_grows_and_shrinks_when_they_are_back() {
+    assert_eq!(targets_of_a_server_that_stalls(None), [1, 2, 3, 4, 3, 2, 1]);
+}
+
+#[test]
+fn catches_stalled_executors_that_are_left_out_of_the_load() {
+    assert_eq!(targets_of_a_server_that_stalls(Some(Defect::StalledAreIdle)), [1]);
 }
