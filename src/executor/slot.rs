@@ -220,6 +220,9 @@ impl Drop for ThreadGuard {
     fn drop(&mut self) {
         // Whatever ended the thread: nobody is to wait for its answers.
         let seat = &self.seat;
+        if std::thread::panicking() {
+            tracing::error!(slot = seat.slot, thread = self.thread, "an executor's thread ends in a panic");
+        }
         seat.inbox.close();
         seat.occupy(None);
         seat.heartbeat.asleep();

@@ -7,10 +7,12 @@ use crate::handle::Exit;
 
 /// What everybody is told who waits for the end.
 ///
-/// `had_started`: whether `start` has been answered already. `abandoned_closures` still run. `failure_of` is what the last failure of a slot said.
+/// `had_started`: whether `start` has been answered already. `threads_left` did not return, beside those that the policy
+/// knows of; `abandoned_closures` still run. `failure_of` is what the last failure of a slot said.
 pub(super) fn result(
     outcome: Outcome,
     had_started: bool,
+    threads_left: usize,
     abandoned_closures: usize,
     failure_of: impl Fn(Option<u16>) -> Option<String>,
 ) -> Result<Exit, Error> {
@@ -22,7 +24,7 @@ pub(super) fn result(
             drained: how == Stopped::Drained && failed == 0,
             handed_over,
             failed: usize::from(failed),
-            abandoned: usize::from(abandoned),
+            abandoned: usize::from(abandoned) + threads_left,
             abandoned_closures,
         }),
         Outcome::StartFailed { slot, failure, .. } => {

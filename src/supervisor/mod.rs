@@ -41,6 +41,7 @@ use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLo
 use post::{Message, PostBox};
 use rescue::Rescue;
 use steer::Steer;
+use threads::Ending;
 use watchdog::Watchdog;
 
 /// How soon connections that no executor had room for are tried again.
@@ -69,6 +70,8 @@ struct Supervisor {
     threads: HashMap<(u16, u32), Option<JoinHandle<()>>>,
     /// The seats of threads that were left behind, for the orders to them.
     left_behind: HashMap<(u16, u32), Arc<SlotSeat>>,
+    /// Those that have been told to return.
+    ending: Vec<Ending>,
     steer: Steer,
     rescue: Rescue,
     watchdog: Watchdog,
@@ -117,6 +120,7 @@ pub(crate) fn start(
         seats,
         threads: HashMap::new(),
         left_behind: HashMap::new(),
+        ending: Vec::new(),
         steer: Steer::new(table, supervision.stale_after),
         rescue: Rescue::default(),
         shared,
@@ -168,6 +172,7 @@ impl Supervisor {
             Some(self.watchdog.next_look().unwrap_or_else(Instant::now)),
             self.steer.next_refresh(),
             self.handover.due(),
+            self.next_join(),
         ];
         let timeout = due.into_iter().flatten().min().map(|due| due.saturating_duration_since(Instant::now()));
         let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
@@ -190,6 +195,7 @@ impl Supervisor {
         events.extend(self.sample(now));
         self.steer.refresh(&self.seats, now);
         self.tell_service_manager(now);
+        self.join_ended(now);
         // After the messages: what has come in time is not to be found late.
         if self.policy.next_deadline().is_some_and(|deadline| deadline <= now) {
             events.push_back(Event::Tick);
@@ -403,7 +409,7 @@ impl Supervisor {
     /// Sees to it that nobody sits in the slot's seat: one that was left behind keeps the seat it has.
     fn vacate(&mut self, slot: u16) -> std::io::Result<()> {
         let seat = Arc::clone(self.seat(slot));
-        if !self.is_left_behind(&seat) {
+        if !self.is_former(&seat) {
             return Ok(());
         }
         let fresh = seat.replacement()?;
@@ -414,25 +420,6 @@ impl Supervisor {
         self.directory().seat(slot, &fresh.inbox);
         self.seats[usize::from(slot)] = fresh;
         Ok(())
-    }
-
-    fn is_left_behind(&self, seat: &Arc<SlotSeat>) -> bool {
-        self.left_behind.values().any(|left| Arc::ptr_eq(left, seat))
-    }
-
-    fn join(&mut self, slot: u16, thread: u32) {
-        let Some(handle) = self.threads.remove(&(slot, thread)) else { return };
-        let left_behind = self.left_behind.remove(&(slot, thread));
-        if left_behind.is_some() {
-            self.shared.threads_leaked.fetch_sub(1, Ordering::Relaxed);
-        }
-        let Some(handle) = handle else { return };
-        if !handle.is_finished() {
-            left_behind.as_ref().unwrap_or(self.seat(slot)).inbox.order(SlotOrder::Quit);
-        }
-        if handle.join().is_err() {
-            tracing::error!(slot, thread, "an executor's thread ended in a panic");
-        }
     }
 
     /// Gives up an executor that was told to stop, and does not.
@@ -458,7 +445,7 @@ impl Supervisor {
                 self.directory().join(*slot);
                 let seat = self.seat(*slot);
                 // One that hangs would keep what it is sent.
-                if !self.is_left_behind(seat) {
+                if !self.is_former(seat) {
                     seat.inbox.open();
                 }
             }
@@ -522,7 +509,7 @@ impl Supervisor {
         self.rescue.set([], &self.seats);
         self.steer.end();
         self.seats.iter().for_each(|seat| seat.release_listeners());
-        self.left_behind.values().for_each(|seat| seat.release_listeners());
+        self.former_seats().for_each(|seat| seat.release_listeners());
     }
 
     /// Lets handles and handlers see whether the server is fit to take traffic.
@@ -577,8 +564,9 @@ impl Supervisor {
         self.let_go_of_listeners();
         self.show();
         // Whoever still holds a token gets answers, and keeps no descriptor open.
-        self.seats.iter().chain(self.left_behind.values()).for_each(|seat| seat.inbox.close());
+        self.seats.iter().chain(self.former_seats()).for_each(|seat| seat.inbox.close());
         self.directory().clear();
+        let threads_left = self.await_ending();
         let abandoned_closures = self.close_blocking(inbox);
         if let Some(signals) = self.signals.take() {
             signals.end();
@@ -588,7 +576,7 @@ impl Supervisor {
             Some(slot) => self.failures.get(&slot).cloned(),
             None => self.failures.values().next().cloned(),
         };
-        let result = exit::result(outcome, self.starting.is_none(), abandoned_closures, failure_of);
+        let result = exit::result(outcome, self.starting.is_none(), threads_left, abandoned_closures, failure_of);
         if let Err(error) = &result {
             self.handover.refuse(error);
         }

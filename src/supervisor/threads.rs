@@ -1,9 +1,122 @@
 //! The threads of executors as they end, or do not come to be.
 
-use super::Supervisor;
-use super::policy::{End, Event};
-use crate::executor::core::Failure;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use super::policy::{End, Event, STOP_GRACE};
+use super::{SlotOrder, Supervisor};
+use crate::executor::core::Failure;
+use crate::executor::slot::SlotSeat;
+use crate::sys::thread;
+
+/// How long a thread that is told to return is waited for there and then: some times what it takes if nothing keeps it.
+const JOIN_AT_ONCE: Duration = Duration::from_millis(20);
+/// How often those are looked at that take longer.
+const JOIN_AGAIN: Duration = Duration::from_millis(50);
+
+/// A thread that has been told to return. What is the embedder's may still run on it as it is dropped, for as long as it
+/// likes: values that came back from other threads, thread-local ones.
+pub(super) struct Ending {
+    slot: u16,
+    thread: u32,
+    seat: Arc<SlotSeat>,
+    /// `None` once it is joined.
+    handle: Option<JoinHandle<()>>,
+    give_up_at: Instant,
+    given_up: bool,
+}
+
+impl Ending {
+    /// Whether it has ended.
+    fn join(&mut self) -> bool {
+        self.handle = self.handle.take().and_then(|handle| thread::try_join(handle).err());
+        self.handle.is_none()
+    }
+
+    /// Waits for its end, up to `until`.
+    fn join_until(&mut self, until: Instant) -> bool {
+        while !self.join() {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        true
+    }
+}
+
+/// The ends of threads.
+impl Supervisor {
+    /// The slot has no use for the thread: tells it to return. It is waited for without keeping the supervisor from others.
+    pub(super) fn join(&mut self, slot: u16, thread: u32) {
+        let Some(handle) = self.threads.remove(&(slot, thread)) else { return };
+        let left_behind = self.left_behind.remove(&(slot, thread));
+        if left_behind.is_some() {
+            self.shared.threads_leaked.fetch_sub(1, Ordering::Relaxed);
+        }
+        let Some(handle) = handle else { return };
+        let was_left_behind = left_behind.is_some();
+        let seat = left_behind.unwrap_or_else(|| Arc::clone(self.seat(slot)));
+        seat.inbox.order(SlotOrder::Quit);
+        let now = Instant::now();
+        let give_up_at = now + STOP_GRACE;
+        let mut ending = Ending { slot, thread, seat, handle: Some(handle), give_up_at, given_up: false };
+        if ending.join_until(now + JOIN_AT_ONCE) {
+            return;
+        }
+        if !was_left_behind {
+            // Another may be in the slot by the time it says its last.
+            ending.seat.heartbeat.disown();
+        }
+        self.ending.push(ending);
+    }
+
+    /// When to look at those that are about to return.
+    pub(super) fn next_join(&self) -> Option<Instant> {
+        (!self.ending.is_empty()).then(|| Instant::now() + JOIN_AGAIN)
+    }
+
+    pub(super) fn join_ended(&mut self, now: Instant) {
+        let leaked = &self.shared.threads_leaked;
+        self.ending.retain_mut(|ending| {
+            let joined = ending.join();
+            if joined && ending.given_up {
+                leaked.fetch_sub(1, Ordering::Relaxed);
+            } else if !joined && !ending.given_up && ending.give_up_at <= now {
+                ending.given_up = true;
+                leaked.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(
+                    slot = ending.slot,
+                    thread = ending.thread,
+                    "an executor's thread does not end, and is left behind: look for what blocks as it is dropped there"
+                );
+            }
+            !joined
+        });
+    }
+
+    /// Waits for those that are about to return, each for as long as it may take; how many did not.
+    pub(super) fn await_ending(&mut self) -> usize {
+        for ending in &mut self.ending {
+            ending.join_until(ending.give_up_at);
+        }
+        self.join_ended(Instant::now());
+        self.ending.len()
+    }
+
+    /// Seats that a thread may still sit in and that no other gets.
+    pub(super) fn former_seats(&self) -> impl Iterator<Item = &Arc<SlotSeat>> {
+        self.left_behind.values().chain(self.ending.iter().map(|ending| &ending.seat))
+    }
+
+    pub(super) fn is_former(&self, seat: &Arc<SlotSeat>) -> bool {
+        self.former_seats().any(|former| Arc::ptr_eq(former, seat))
+    }
+}
+
+/// Their ends that nobody ordered.
 impl Supervisor {
     /// `failure`: there was no executor on it, or no thread.
     pub(super) fn thread_ended(&mut self, slot: u16, thread: u32, failure: Option<&Failure>) -> Option<Event> {

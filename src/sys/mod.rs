@@ -21,4 +21,5 @@ pub mod probe;
 pub mod procfs;
 pub mod socket;
 pub mod stack_sample;
+pub mod thread;
 pub mod timerfd;

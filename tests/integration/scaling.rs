@@ -1,7 +1,8 @@
 //! More executors and fewer: by order and by load, with nothing lost.
 
-use std::sync::Arc;
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use ringleader::{Body, Builder, ExecutorState, Request, Response, Scaling, Stop, service_fn};
@@ -188,4 +189,53 @@ fn a_client_between_two_requests_is_answered_once_more_by_an_executor_that_goes(
     // Of 32, chance leaves none to one of two executors once in 10^9 runs.
     assert!(closing.filter(|closes| *closes).count() > 0, "those of the executor that goes are told so");
     eventually("it has gone, since nobody is left on it", || idle_executors(&site) == 1);
+}
+
+/// What a thread drops last of all; it takes until the lock can be read.
+struct Lingers(Arc<RwLock<()>>);
+
+impl Drop for Lingers {
+    fn drop(&mut self) {
+        drop(self.0.read());
+    }
+}
+
+thread_local! {
+    static LINGERS: RefCell<Option<Lingers>> = const { RefCell::new(None) };
+}
+
+/// A server whose executors' threads do not end before `lock` can be read.
+fn lingering(lock: &Arc<RwLock<()>>) -> Site {
+    let lock = Arc::clone(lock);
+    Site::start(local(3).serve(async move |_: ringleader::Shard| {
+        LINGERS.set(Some(Lingers(Arc::clone(&lock))));
+        Ok(service_fn(crate::support::echo))
+    }))
+}
+
+#[test]
+fn threads_that_do_not_end_keep_the_supervisor_from_nothing() {
+    let lock = Arc::default();
+    let site = lingering(&lock);
+    let held = lock.write().expect("nobody has panicked");
+    settle(site.scale(1)).expect("there are three slots");
+    eventually("the others have gone", || idle_executors(&site) == 2);
+    settle(site.scale(3)).expect("the supervisor hears it");
+    eventually("others are in their places", || serving(&site) == 3);
+    for _ in 0..20 {
+        assert_eq!(site.connect().get("/").status, 200);
+    }
+    drop(held);
+    let exit = settle(site.stop(Stop::Drain(BOUND))).expect("it stops");
+    assert!(exit.drained && exit.abandoned == 0, "{exit:?}");
+}
+
+#[test]
+fn threads_that_do_not_end_at_a_stop_are_counted_and_left_behind() {
+    let lock = Arc::default();
+    let site = lingering(&lock);
+    let held = lock.write().expect("nobody has panicked");
+    let exit = settle(site.stop(Stop::Now)).expect("it stops");
+    assert_eq!(exit.abandoned, 3);
+    drop(held);
 }

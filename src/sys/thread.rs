@@ -1,0 +1,60 @@
+//! Threads that are joined without waiting for them.
+
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr;
+use std::thread::JoinHandle;
+
+/// Joins a thread that has ended, thread-local destructors included; `Err` gives back one that has not.
+///
+/// `JoinHandle::is_finished` does not say that: it is true before those destructors, and `join` waits for them.
+///
+/// # Errors
+/// While it runs.
+pub fn try_join(handle: JoinHandle<()>) -> Result<(), JoinHandle<()>> {
+    // SAFETY: the handle is ours, so the thread has been neither joined nor detached. What it returned is not asked for.
+    let busy = unsafe { libc::pthread_tryjoin_np(handle.as_pthread_t(), ptr::null_mut()) };
+    match busy {
+        libc::EBUSY => Err(handle),
+        _ => {
+            // It is joined: the handle must not detach it any more.
+            let _ = handle.into_pthread_t();
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use super::*;
+
+    thread_local! {
+        static LAST: std::cell::RefCell<Option<Waits>> = const { std::cell::RefCell::new(None) };
+    }
+
+    /// Holds its thread up after everything else.
+    struct Waits(std::sync::mpsc::Receiver<()>);
+
+    impl Drop for Waits {
+        fn drop(&mut self) {
+            let _ = self.0.recv();
+        }
+    }
+
+    #[test]
+    fn a_thread_is_joined_once_its_destructors_have_run_and_not_before() {
+        let (go_on, wait) = channel();
+        let mut handle = thread::spawn(move || LAST.set(Some(Waits(wait))));
+        while !handle.is_finished() {
+            thread::yield_now();
+        }
+        handle = try_join(handle).unwrap_err();
+        drop(go_on);
+        while let Err(again) = try_join(handle) {
+            handle = again;
+            thread::yield_now();
+        }
+    }
+}
