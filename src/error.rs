@@ -43,6 +43,8 @@ pub(crate) enum Kind {
     Quarantined,
     /// An order to a running server was not followed.
     Refused,
+    /// The supervisor has panicked.
+    Defect,
 }
 
 impl Error {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -258,10 +259,15 @@ pub(crate) enum Waiting {
 
 impl Shared {
     /// Tells everybody how the server ended.
-    pub(crate) fn ended(&self, outcome: Result<Exit, Error>) {
-        let mut waiting = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Waiting::For(promises) = std::mem::replace(&mut *waiting, Waiting::Ended(outcome.clone())) {
-            promises.into_iter().for_each(|promise| promise.fulfil(outcome.clone()));
+    pub(crate) fn ended(&self, outcome: &Result<Exit, Error>) {
+        let before = {
+            let mut waiting = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *waiting, Waiting::Ended(outcome.clone()))
+        };
+        let Waiting::For(promises) = before else { return };
+        for promise in promises {
+            // One whose waker panics does not keep it from the others. What it panicked with may do so as it is dropped.
+            catch_unwind(AssertUnwindSafe(|| promise.fulfil(outcome.clone()))).unwrap_or_else(std::mem::forget);
         }
     }
 

@@ -9,6 +9,12 @@ use std::time::{Duration, Instant};
 use crate::executor::core::Core;
 use crate::net::wheel::TimerKey;
 
+/// `now + wait`, where a wait that no clock can add is a century: users say `Duration::MAX` for never.
+pub(crate) fn later(now: Instant, wait: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    now.checked_add(wait.min(FAR)).unwrap_or(now)
+}
+
 /// Completes after a time. Made by [`Shard::sleep`](crate::Shard::sleep).
 ///
 /// Resolution is one millisecond, rounded up: never early. It belongs to the executor it was made on, and names no
@@ -35,7 +41,7 @@ pub struct Sleep {
 impl Sleep {
     /// Measured from now on the executor of this thread.
     pub(crate) fn new(duration: Duration) -> Self {
-        Self::until(Instant::now() + duration)
+        Self::until(later(Instant::now(), duration))
     }
 
     pub(crate) fn until(deadline: Instant) -> Self {

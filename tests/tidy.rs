@@ -44,8 +44,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "supervisor",
         &[
-            "root", "blocking", "error", "executor", "handle", "listen", "order", "steering", "sys", "systemd",
-            "upgrade",
+            "root", "blocking", "error", "executor", "handle", "listen", "order", "panics", "steering", "sys",
+            "systemd", "upgrade",
         ],
     ),
     ("listen", &["root", "error", "executor", "sys", "systemd", "upgrade"]),

@@ -279,7 +279,10 @@ impl Generation {
             self.active = true;
             seat.inbox.begin();
             self.core.tasks.woken_elsewhere(std::iter::from_fn(|| seat.inbox.next_wake()));
-            while let Some(order) = seat.inbox.next_order() {
+            // What follows the order to end is for the thread.
+            while self.ended.is_none()
+                && let Some(order) = seat.inbox.next_order()
+            {
                 self.obey(order);
             }
             self.adopt_handed(seat);

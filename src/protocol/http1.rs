@@ -31,7 +31,7 @@ use crate::net::stream::Stream;
 use crate::server::Connect;
 use crate::service::Service;
 use crate::settings::HttpLimits;
-use crate::time::Sleep;
+use crate::time::{Sleep, later};
 
 /// How long the rest of a request that was not read is thrown away before the connection is closed, so that the client
 /// gets to read the answer: closing on unread bytes sends RST, which destroys it. nginx's `lingering_timeout` is 5 s.
@@ -225,14 +225,14 @@ impl Activity {
     /// server is at work.
     fn deadline(&self, limits: &HttpLimits) -> Option<Instant> {
         if let Some(since) = self.blocked_since.get() {
-            return limits.send_timeout.map(|limit| since + limit);
+            return limits.send_timeout.map(|limit| later(since, limit));
         }
         if self.in_flight.get() > 0 {
             return None;
         }
         match self.head_since.get() {
-            Some(since) => limits.header_timeout.map(|limit| since + limit),
-            None => limits.idle_timeout.map(|limit| self.quiet_since.get() + limit),
+            Some(since) => limits.header_timeout.map(|limit| later(since, limit)),
+            None => limits.idle_timeout.map(|limit| later(self.quiet_since.get(), limit)),
         }
     }
 }
@@ -364,7 +364,7 @@ impl Connection {
         if let Stage::Silent(io) = std::mem::replace(&mut self.stage, Stage::Done) {
             let info = ConnectionInfo::new(Some(self.peer), &self.listener);
             self.stage = Stage::Speaking(self.speak.speak(io, info));
-            self.timer = Some(Sleep::until(self.core.now() + self.look_again()));
+            self.timer = Some(Sleep::until(later(self.core.now(), self.look_again())));
         }
     }
 
@@ -407,7 +407,7 @@ impl Connection {
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now => return self.time_out(),
                 (Stage::Speaking(_), _) if self.activity.is_asleep(&self.core.settings.http, now) => self.hibernate(),
                 // Lively, or at work: look again later.
-                (Stage::Speaking(_), _) => timer.reset(now + look_again),
+                (Stage::Speaking(_), _) => timer.reset(later(now, look_again)),
                 _ => return self.time_out(),
             }
             if matches!(self.stage, Stage::Silent(_)) && self.poll_stages(context).is_ready() {

@@ -4,6 +4,7 @@
 
 mod backtrace;
 mod exit;
+mod fall;
 pub(crate) mod handover;
 mod load;
 pub(crate) mod policy;
@@ -32,12 +33,12 @@ use crate::executor::directory::Directory;
 use crate::executor::generation::Ended;
 use crate::executor::inbox::Order as SlotOrder;
 use crate::executor::slot::{self, Report, SlotSeat};
-use crate::handle::{ExecutorState, Running, Shared, Stop};
+use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
 use crate::sys::poll::wait_readable;
 use handover::Handover;
-use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLoad, SlotState, StopMode};
+use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLoad, SlotState, StopMode, later};
 use post::{Message, PostBox};
 use rescue::Rescue;
 use steer::Steer;
@@ -111,7 +112,7 @@ pub(crate) fn start(
     let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
     let scaled = usize::from(supervision.policy.slots_min) < seats.len();
     let period = supervision.policy.scaling.period;
-    let sampling = || Sampling { sampler: load::Sampler::default(), period, next: Instant::now() + period };
+    let sampling = || Sampling { sampler: load::Sampler::default(), period, next: later(Instant::now(), period) };
     let supervisor = Supervisor {
         watchdog: Watchdog::new(supervision.policy.stall_limit, supervision.stall_backtraces),
         scaling: scaled.then(sampling),
@@ -142,7 +143,7 @@ pub(crate) fn start(
 
 /// What happens.
 impl Supervisor {
-    fn run(mut self, inbox: &PostBox) {
+    fn supervise(&mut self, inbox: &PostBox) -> Outcome {
         let mut events = VecDeque::from([Event::Start]);
         loop {
             while let Some(event) = events.pop_front() {
@@ -152,7 +153,7 @@ impl Supervisor {
                 self.open_inboxes(&actions);
                 for action in actions {
                     if let Action::Exit(outcome) = action {
-                        return self.exit(outcome, inbox);
+                        return outcome;
                     }
                     self.act(action);
                 }
@@ -307,7 +308,7 @@ impl Supervisor {
     /// The load since the last sample, when the next is due.
     fn sample(&mut self, now: Instant) -> Option<Event> {
         let sampling = self.scaling.as_mut().filter(|sampling| sampling.next <= now)?;
-        sampling.next = now + sampling.period;
+        sampling.next = later(now, sampling.period);
         let mut load = |seat: &Arc<SlotSeat>| SlotLoad {
             slot: seat.slot,
             utilisation: sampling.sampler.utilisation(seat, now),
@@ -560,7 +561,8 @@ impl Supervisor {
         }
     }
 
-    fn exit(mut self, outcome: Outcome, inbox: &PostBox) {
+    /// Gives back what can be; what everybody is told who waits for the end.
+    fn exit(&mut self, outcome: Outcome, inbox: &PostBox) -> Result<Exit, Error> {
         self.let_go_of_listeners();
         self.show();
         // Whoever still holds a token gets answers, and keeps no descriptor open.
@@ -585,9 +587,6 @@ impl Supervisor {
         } else {
             tracing::debug!(name = self.name, ?outcome, "the server has ended");
         }
-        let shared = Arc::clone(&self.shared);
-        // What a caller sees after the end is final: nothing of the server's is left open when it is told.
-        drop(self);
-        shared.ended(result);
+        result
     }
 }

@@ -38,8 +38,8 @@ pub use message::{
     StopMode, Stopped, TargetReason, UpgradeRefusal,
 };
 use scaling::Scaler;
+pub use slot::{FAR, SlotState, SlotStatus, later};
 use slot::{Health, Limit, Random, Slot, State, Thread, Verdict};
-pub use slot::{SlotState, SlotStatus};
 use upgrade::Upgrade;
 
 /// How long a generation told to stop at once may take before its thread is given up.

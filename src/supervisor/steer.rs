@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::load::{self, Sampler};
+use super::policy::later;
 use crate::executor::slot::SlotSeat;
 use crate::steering::{SlotLoad, Table};
 
@@ -92,7 +93,7 @@ impl Steer {
             None => table.set_active(&receivers),
             Some(refresh) => {
                 let now = Instant::now();
-                refresh.next = now + refresh.period;
+                refresh.next = later(now, refresh.period);
                 let load = |slot: &u16| {
                     let seat = &seats[usize::from(*slot)];
                     SlotLoad {

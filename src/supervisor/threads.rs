@@ -73,6 +73,15 @@ impl Supervisor {
         self.ending.push(ending);
     }
 
+    /// Tells all to return that there are, as if nobody had a use for any, and waits.
+    pub(super) fn join_all(&mut self) {
+        let threads: Vec<(u16, u32)> = self.threads.keys().copied().collect();
+        for (slot, thread) in threads {
+            self.join(slot, thread);
+        }
+        self.await_ending();
+    }
+
     /// When to look at those that are about to return.
     pub(super) fn next_join(&self) -> Option<Instant> {
         (!self.ending.is_empty()).then(|| Instant::now() + JOIN_AGAIN)

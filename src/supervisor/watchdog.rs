@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backtrace::Reporter;
-use super::policy::{Event, SlotState, SlotStatus};
+use super::policy::{Event, FAR, SlotState, SlotStatus};
 use super::watch::{Reading, Verdict, Watch};
 use crate::executor::slot::SlotSeat;
 use crate::sys::procfs;
@@ -35,6 +35,8 @@ impl Watchdog {
         let reporter = backtraces.then(Reporter::new).and_then(|reporter| {
             reporter.inspect_err(|error| tracing::warn!(%error, "no backtraces of stalled executors")).ok()
         });
+        // Three times of it are reckoned with.
+        let limit = limit.min(FAR);
         Self { limit, watches: HashMap::new(), next: None, reporter }
     }
 

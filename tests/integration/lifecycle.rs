@@ -1,6 +1,9 @@
 //! Stopping: at once, by draining, by dropping; and servers beside each other and one after the other.
 
-use std::sync::mpsc;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use ringleader::{Body, ExecutorState, Request, Response, Stop, service_fn};
@@ -221,4 +224,53 @@ fn a_server_may_be_started_and_stopped_on_tokio() {
         running.stop(Stop::Drain(BOUND)).await.expect("it stops")
     });
     assert!(exit.drained);
+}
+
+/// Panics where it is woken: on the supervisor's thread, if an order is awaited with it.
+struct Bomb;
+
+impl Wake for Bomb {
+    fn wake(self: Arc<Self>) {
+        panic!("a waker of the test panics");
+    }
+}
+
+#[test]
+fn a_supervisor_that_panics_ends_the_server_and_whoever_waits_is_told() {
+    let server = local(2).name("fallen").serve(async |_| Ok(service_fn(echo)));
+    let site = Site::start(server);
+    let mut client = site.connect();
+    assert_eq!(client.get("/").status, 200);
+    let (address, handle) = (site.address(), (*site).clone());
+    let bomb = Waker::from(Arc::new(Bomb));
+    // One that is answered before it is polled needs no waker.
+    while pin!(handle.scale(2)).poll(&mut Context::from_waker(&bomb)).is_ready() {}
+    let error = settle(site.into_running().join()).expect_err("nobody looks after the executors any more");
+    assert!(error.to_string().contains("the supervisor panicked"), "{error}");
+    assert!(error.to_string().contains("a waker of the test panics"), "{error}");
+    client.expect_end();
+    expect_refusal(address);
+    assert!(!handle.stats().ready);
+    assert!(handle.stats().executors.iter().all(|executor| executor.state == ExecutorState::Idle));
+    assert!(settle(handle.scale(1)).expect_err("it has ended").is_refused());
+    // Nor is a thread of it left.
+    let threads = std::fs::read_dir("/proc/self/task").expect("our own").flatten();
+    let names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
+    let left: Vec<String> = names.filter(|name| name.starts_with("fallen-") && !name.contains("sup")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_waker_that_panics_at_the_servers_end_keeps_nobody_else_from_being_told() {
+    let (site, _gate) = gated(1);
+    let handle = (*site).clone();
+    let bomb = Waker::from(Arc::new(Bomb));
+    let first = handle.stop(Stop::Drain(BOUND));
+    let mut first = pin!(first);
+    let polled = first.as_mut().poll(&mut Context::from_waker(&bomb));
+    assert!(settle(site.into_running().join()).expect("it stops").drained);
+    // It has its outcome, too, unless it had taken it already.
+    if polled.is_pending() {
+        assert!(first.poll(&mut Context::from_waker(Waker::noop())).is_ready());
+    }
 }

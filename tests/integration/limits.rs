@@ -2,9 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use ringleader::{Body, BoxError, HttpLimits, Request, Response, service_fn};
+use std::task::Poll;
 
-use crate::support::{BOUND, Site, echo, eventually, local};
+use ringleader::{
+    Body, BoxError, Escalation, HangPolicy, HttpLimits, Overload, Request, Response, RestartPolicy, Scaling, Shard,
+    Stop, service_fn,
+};
+
+use crate::support::{BOUND, Site, echo, eventually, local, settle};
 
 /// The limit in tests of time: long enough for what is to be done within it on a machine that stalls for half a second.
 const SHORT: Duration = Duration::from_secs(1);
@@ -270,4 +275,39 @@ fn connections_above_the_limit_wait_for_their_turn() {
     assert_eq!(site.stats().executors[0].open, 2);
     drop(second);
     assert_eq!(third.answer().status, 200);
+}
+
+/// Whatever adds these to the time of day would overflow.
+#[test]
+fn a_time_beyond_all_reason_is_no_limit() {
+    const NEVER: Duration = Duration::MAX;
+    let mut limits = HttpLimits::default();
+    (limits.header_timeout, limits.idle_timeout) = (Some(NEVER), Some(NEVER));
+    (limits.body_timeout, limits.hibernate_after) = (Some(NEVER), Some(NEVER));
+    limits.send_timeout = Some(NEVER);
+    let (mut overload, mut scaling, mut restart) = (Overload::default(), Scaling::default(), RestartPolicy::default());
+    (overload.delay_max, overload.retry_after) = (Some(NEVER), NEVER);
+    scaling.period = NEVER;
+    (restart.backoff_base, restart.backoff_max) = (NEVER, NEVER);
+    (restart.healthy_after, restart.quarantine_window) = (NEVER, NEVER);
+    let builder = local(1).executors(1..=2).http_limits(limits).overload(overload).scaling(scaling).restart(restart);
+    let builder = builder.start_timeout(NEVER).drain_timeout(NEVER).upgrade_timeout(NEVER).stall_limit(NEVER);
+    let builder = builder.hang(HangPolicy::Replace, Some(NEVER)).escalation(Escalation::after(3, NEVER));
+    let site = Site::start(builder.serve(async |shard: Shard| {
+        Ok(service_fn(async move |request: Request| {
+            let mut sleep = std::pin::pin!(shard.sleep(NEVER));
+            assert!(std::future::poll_fn(|context| Poll::Ready(sleep.as_mut().poll(context))).await.is_pending());
+            let body = shard.timeout(NEVER, request.into_body().collect(1024)).await??;
+            Ok(Response::new(Body::from(body)))
+        }))
+    }));
+    let mut client = site.connect();
+    for _ in 0..3 {
+        client.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\n");
+        client.send("slow\n");
+        assert_eq!(client.answer().text(), "slow\n");
+    }
+    assert_eq!(site.stats().executors[0].generation, 1, "its executor has not fallen");
+    drop(client);
+    assert!(settle(site.stop(Stop::Drain(NEVER))).expect("it stops").drained);
 }

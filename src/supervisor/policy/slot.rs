@@ -330,8 +330,9 @@ impl Random {
 }
 
 /// `now + wait`, where a wait beyond all reason is a century.
-pub(super) fn later(now: Instant, wait: Duration) -> Instant {
+pub fn later(now: Instant, wait: Duration) -> Instant {
     now.checked_add(wait.min(FAR)).unwrap_or(now)
 }
 
-pub(super) const FAR: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+/// A century: longer than a server runs, and short enough for a clock to add some of it.
+pub const FAR: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
