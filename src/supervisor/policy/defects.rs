@@ -34,6 +34,7 @@ pub(super) enum Defect {
     RescueHealthy,
     ForgetRescue,
     RescueInStop,
+    NoLastRescue,
     KeepStalledInTable,
     ForgetRecovery,
     ReplaceStarved,
@@ -195,6 +196,13 @@ fn spoil_actions(policy: &mut Policy, defect: Defect, event: &Event, actions: &m
             });
             actions.extend(quarantined.map(begin).unwrap_or_default());
         }
+        (Defect::RescueInStop | Defect::NoLastRescue, _) => {
+            let first = defect == Defect::NoLastRescue;
+            let end = actions.iter().position(|action| *action == Action::CloseListeners);
+            // Before it, what was in force is taken back; after it, it begins anew.
+            let rescue = if first { Vec::new() } else { vec![0] };
+            end.into_iter().for_each(|end| actions.insert(end + usize::from(!first), Action::Rescue(rescue.clone())));
+        }
         (Defect::ExitTwice, _) if matches!(actions.last(), Some(Action::Exit(_))) => {
             actions.extend(actions.last().cloned());
         }
@@ -216,7 +224,6 @@ fn change_actions(policy: &Policy, defect: Defect, actions: &mut Vec<Action>) {
         | (Defect::ForgetKill, Action::KillSuccessor { .. })
         | (Defect::NoReattach, Action::Reattach)
         | (Defect::KeepListeners, Action::CloseListeners) => false,
-        (Defect::RescueInStop, Action::Rescue(rescue)) => !rescue.is_empty() || policy.phase.serves(),
         (Defect::RescueHealthy, Action::Rescue(rescue)) => {
             *rescue = (0..slots as u16).collect();
             true

@@ -156,8 +156,8 @@ pub enum Action {
     Rescue(Vec<u16>),
     /// Put the steering table in force again as it was last set: a successor that came to nothing may have replaced it.
     Reattach,
-    /// Nothing starts any more: let go of the listeners, before the orders that follow. A generation that drains still
-    /// holds its own.
+    /// Nothing starts any more: empty the queues of the last [`Action::Rescue`] once more and let go of the listeners, before
+    /// the orders that follow. No other `Rescue` comes, and that one is over. A generation that drains still holds its own.
     CloseListeners,
     /// Readiness has changed. At first it is `NotReady(Starting)`.
     Readiness(Readiness),

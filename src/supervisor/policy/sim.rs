@@ -142,6 +142,7 @@ caught! {
     catches_a_rescue_of_the_healthy: RescueHealthy by "rescue";
     catches_a_forgotten_rescue: ForgetRescue by "rescue";
     catches_a_rescue_during_a_stop: RescueInStop by "rescue";
+    catches_a_missing_last_rescue: NoLastRescue by "rescue";
     catches_a_stalled_slot_in_the_table: KeepStalledInTable by "table";
     catches_a_forgotten_recovery: ForgetRecovery by "table" | "stale";
     catches_a_starved_one_replaced: ReplaceStarved by "hang" | "stale" | "readiness";
@@ -162,7 +163,7 @@ caught! {
     catches_a_table_left_to_the_successor: NoReattach by "re-attach";
     catches_a_start_after_the_hand_over: GoOnAfterHandOver by "start after stop" | "one exit";
     catches_a_lame_duck_that_drains_at_once: NoDelay by "drain" | "listeners";
-    catches_listeners_kept: KeepListeners by "listeners" | "outcome";
+    catches_listeners_kept: KeepListeners by "listeners" | "outcome" | "rescue";
 }
 
 /// Says the seed on the way out, if the way out is a panic, wherever it began.

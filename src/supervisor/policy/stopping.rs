@@ -72,7 +72,8 @@ impl Policy {
 
     fn enter_stop(&mut self, how: Stopped, drain_until: Option<Instant>, handed_over: bool) {
         self.phase = Phase::Stopping { how, drain_until, handed_over, failed: 0 };
-        self.settle_rescue();
+        // With what was to be rescued at this moment, one last time.
+        self.rescue.clear();
         self.actions.push(Action::CloseListeners);
     }
 

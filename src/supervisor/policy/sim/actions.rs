@@ -49,6 +49,7 @@ impl Model {
             }
             Action::Rescue(ref slots) => {
                 let exist = slots.iter().all(|slot| usize::from(*slot) < self.slots.len());
+                rule("rescue", !self.is_closing(), "the end of it belongs to the end of the listeners")?;
                 rule("rescue", exist && slots.is_sorted() && *slots != self.rescue, slots)?;
                 self.rescue.clone_from(slots);
                 Ok(if slots.is_empty() { vec![] } else { vec!["rescue"] })
@@ -61,8 +62,8 @@ impl Model {
             Action::CloseListeners => {
                 let may = self.is_closing() && self.start_failed.is_none() && !self.listeners_closed;
                 rule("listeners", may, &*self)?;
-                rule("rescue", self.rescue.is_empty(), "it still holds listeners")?;
                 self.listeners_closed = true;
+                self.rescue.clear();
                 Ok(Vec::new())
             }
             Action::Readiness(readiness) => {
