@@ -381,7 +381,7 @@ impl Generation {
         let full = acceptor.is_full(self.core.cells.open.get(), self.full);
         if full != self.full {
             self.full = full;
-            seat.full(full);
+            seat.full(self.core.generation, full);
         }
     }
 

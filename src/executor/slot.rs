@@ -45,8 +45,8 @@ const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);
 pub(crate) enum Report {
     /// The generation serves.
     Ready { slot: u16, generation: u64 },
-    /// The slot has as many connections as it may, or has room again.
-    Full { slot: u16, full: bool },
+    /// The generation has as many connections as it may, or has room again.
+    Full { slot: u16, generation: u64, full: bool },
     /// The generation has ended and is torn down.
     Ended { slot: u16, generation: u64, ended: Ended },
     /// The thread ends, expected or not: the last report of it. `failure`: it could not be made, or could not be made an
@@ -186,8 +186,8 @@ impl SlotSeat {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    pub(crate) fn full(&self, full: bool) {
-        (self.reports)(Report::Full { slot: self.slot, full });
+    pub(crate) fn full(&self, generation: u64, full: bool) {
+        (self.reports)(Report::Full { slot: self.slot, generation, full });
     }
 
     pub(crate) fn ready(&self, generation: u64) {

@@ -270,12 +270,12 @@ impl Supervisor {
                 }
                 Some(Event::Ready { slot, generation: generation as u32 })
             }
-            Report::Full { slot, full } => {
-                self.steer.set_full(slot, full, &self.seats);
+            Report::Full { slot, generation, full } => {
+                self.note_full(slot, generation, full);
                 None
             }
             Report::Ended { slot, generation, ended } => {
-                self.steer.set_full(slot, false, &self.seats);
+                self.note_full(slot, generation, false);
                 let how = match &ended {
                     Ended::Drained { in_time: true } => End::Drained,
                     Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,
@@ -284,6 +284,14 @@ impl Supervisor {
                 Some(Event::Ended { slot, generation: generation as u32, how })
             }
             Report::ThreadEnded { slot, thread, failure } => self.thread_ended(slot, thread, failure.as_ref()),
+        }
+    }
+
+    /// A thread that was left behind comes back in a slot that is another's.
+    fn note_full(&mut self, slot: u16, generation: u64, full: bool) {
+        let latest = self.policy.slots().nth(usize::from(slot)).map(|status| u64::from(status.generation));
+        if latest == Some(generation) {
+            self.steer.set_full(slot, full, &self.seats);
         }
     }
 

@@ -184,6 +184,33 @@ fn a_thread_that_comes_back_leaves_its_successor_alone() {
     assert_eq!(who(&mut queued[0]), (0, 3));
 }
 
+/// The executor that took the place of one that hung has all the connections it may. When the thread of the one before comes
+/// back, new connections go elsewhere as before.
+#[test]
+fn a_thread_that_comes_back_does_not_make_room_in_its_successor() {
+    const EACH: u64 = 8;
+    let builder = local(2).connections_max(EACH).hang(HangPolicy::Replace, Some(Duration::from_millis(400)));
+    let (site, block) = site(builder);
+    let (_victim, executor) = block_one(&site, &block);
+    eventually("another generation is in its place", || {
+        let stats = &site.stats().executors[executor];
+        stats.generation == 2 && stats.state == ExecutorState::Serving
+    });
+    let mut full = Vec::new();
+    eventually("the successor is full", || {
+        let mut client = site.connect();
+        let answered = client.try_send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").and_then(|()| client.try_answer());
+        let here = format!("{executor} 2");
+        full.extend(answered.ok().filter(|answer| answer.text() == here).map(|_| client));
+        full.len() as u64 == EACH
+    });
+    block.end();
+    eventually("the thread has come back and ended", || site.stats().threads_leaked == 0);
+    for _ in 0..30 {
+        assert_eq!(who(&mut site.connect()).0, 1 - executor, "it has no room");
+    }
+}
+
 #[test]
 fn a_hung_executor_that_is_not_to_be_replaced_is_waited_for() {
     let hang = Duration::from_millis(150);
