@@ -110,13 +110,12 @@ pub(crate) fn start(
     let signals = signals.map_err(|error| Error::new(Kind::System, format!("watching for signals: {error}")))?;
     let (promise, order) = Order::new();
     let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
-    let scaled = usize::from(supervision.policy.slots_min) < seats.len();
-    let period = supervision.policy.scaling.period;
-    let sampling = || Sampling { sampler: load::Sampler::default(), period, next: later(Instant::now(), period) };
+    let policy = Policy::new(supervision.policy.clone(), seats.len() as u16, seed);
+    let sampling = |period| Sampling { sampler: load::Sampler::default(), period, next: later(Instant::now(), period) };
     let supervisor = Supervisor {
         watchdog: Watchdog::new(supervision.policy.stall_limit, supervision.stall_backtraces),
-        scaling: scaled.then(sampling),
-        policy: Policy::new(supervision.policy, seats.len() as u16, seed),
+        scaling: policy.sample_period().map(sampling),
+        policy,
         name: supervision.name.clone(),
         seats,
         threads: HashMap::new(),

@@ -56,6 +56,9 @@ pub const LATE_TICK: Duration = Duration::from_secs(1);
 /// the backoff to less: without a pause it would be tried all the time.
 pub const SHORTAGE_PAUSE_MIN: Duration = Duration::from_millis(10);
 
+/// Samples of the load are not taken more often than this: without a pause between them the supervisor would do nothing else.
+pub const SAMPLE_PERIOD_MIN: Duration = Duration::from_millis(10);
+
 /// The supervisor's state of mind.
 #[derive(Debug)]
 pub struct Policy {
@@ -178,7 +181,7 @@ impl Policy {
     /// How often to take a sample for [`Event::Load`]. `None`: automatic scaling is off.
     pub fn sample_period(&self) -> Option<Duration> {
         let (min, max) = self.bounds();
-        (min < max).then_some(self.config.scaling.period)
+        (min < max).then_some(self.config.scaling.period.max(SAMPLE_PERIOD_MIN))
     }
 
     /// How many executors are to run.

@@ -109,7 +109,7 @@ pub enum HangPolicy {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Scaling {
-    /// Between two samples. 1 s. The loop takes the samples; the policy counts them.
+    /// Between two samples. 1 s, and at least 10 ms. The loop takes the samples; the policy counts them.
     pub period: Duration,
     /// Mean utilisation above which one more is wanted, 0 to 1. 0.7: there a request waits 2.3 times as long as it is
     /// served (M/M/1), at 0.9 nine times. uWSGI has 0.5, for workers that take one request at a time.

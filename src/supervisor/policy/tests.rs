@@ -630,6 +630,16 @@ fn three_busy_samples_add_an_executor_and_thirty_idle_ones_remove_it() {
 }
 
 #[test]
+fn samples_are_apart_however_often_they_are_asked_for() {
+    let mut config = two_to_four();
+    config.scaling.period = Duration::ZERO;
+    assert_eq!(Bench::with(4, config.clone()).policy.sample_period(), Some(SAMPLE_PERIOD_MIN));
+    config.scaling.period = SECOND;
+    assert_eq!(Bench::with(4, config).policy.sample_period(), Some(SECOND));
+    assert_eq!(Bench::new(4).policy.sample_period(), None, "there is nothing to decide by load");
+}
+
+#[test]
 fn a_queue_is_an_emergency_whatever_the_utilisation() {
     let mut bench = Bench::started_with(4, two_to_four());
     assert_eq!(bench.load(0.1, 17, 1), []);
