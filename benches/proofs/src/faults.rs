@@ -93,7 +93,6 @@ const FAULTS: &[Fault] = &[
         act: Act::Escape,
         costs: true,
         said: &["io_uring"],
-        ..NONE
     },
     Fault { name: "SIGSTOP and SIGCONT", act: Act::Stop, ..NONE },
     Fault { name: "no CPU for one executor", act: Act::Hog, ..NONE },
