@@ -75,9 +75,9 @@ impl Failure {
     }
 
     /// Of the panic, if there was one and a backtrace was asked for.
-    pub(crate) fn backtrace(&self) -> Option<&Backtrace> {
+    pub(crate) fn backtrace(&self) -> Option<Arc<Backtrace>> {
         match self {
-            Self::Panicked(panic) | Self::Escalated(panic) => panic.backtrace.as_deref(),
+            Self::Panicked(panic) | Self::Escalated(panic) => panic.backtrace.clone(),
             Self::Start(_) | Self::NoResources(_) | Self::Background { .. } => None,
         }
     }

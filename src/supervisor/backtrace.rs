@@ -30,27 +30,50 @@ const FRAMES_MAX: usize = 256;
 /// Characters of a function's name: those of generic ones run to thousands.
 const NAME_CHARACTERS_MAX: usize = 160;
 
-/// Puts into the log what stalled threads are doing. One at a time, from a thread of its own: the supervisor has better
-/// things to do during a stall than to read debug information.
+/// Writes what takes long to the log, one thing at a time, from a thread of its own: the supervisor has better things to do
+/// than to read debug information, which takes seconds in a large program.
+#[derive(Default)]
+pub(super) struct Scribe(Option<JoinHandle<()>>);
+
+impl Scribe {
+    /// False when the last thing is still being written: then this one is not.
+    pub(super) fn write(&mut self, what: impl FnOnce() + Send + 'static) -> bool {
+        if self.0.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return false;
+        }
+        match std::thread::Builder::new().name("backtrace".to_owned()).spawn(what) {
+            Ok(thread) => self.0 = Some(thread),
+            Err(error) => tracing::warn!(%error, "no thread to make a backtrace in"),
+        }
+        true
+    }
+}
+
+/// What was begun is written.
+impl Drop for Scribe {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Puts into the log what stalled threads are doing.
 pub(super) struct Reporter {
+    /// First, so that it has ended when the signal is given back.
+    scribe: Scribe,
     sampler: Arc<Sampler>,
-    /// The last report's; joined before the signal is given back.
-    at_work: Option<JoinHandle<()>>,
 }
 
 impl Reporter {
     /// # Errors
     /// As [`Sampler::install`].
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { sampler: Arc::new(Sampler::install()?), at_work: None })
+        Ok(Self { sampler: Arc::new(Sampler::install()?), scribe: Scribe::default() })
     }
 
     /// Reports on the thread of this slot, unless a report is still being made: then this stall has none.
     pub(super) fn report(&mut self, slot: u16, generation: u32, thread: ThreadId) {
-        if self.at_work.as_ref().is_some_and(|report| !report.is_finished()) {
-            tracing::info!(slot, generation, "no backtrace of this one: another is being made");
-            return;
-        }
         let sampler = Arc::clone(&self.sampler);
         let report = move || match of_thread(&sampler, &thread) {
             Ok(backtrace) => {
@@ -59,17 +82,8 @@ impl Reporter {
             }
             Err(error) => tracing::warn!(slot, generation, %error, "no backtrace of the stalled executor"),
         };
-        match std::thread::Builder::new().name("stall-report".to_owned()).spawn(report) {
-            Ok(report) => self.at_work = Some(report),
-            Err(error) => tracing::warn!(slot, generation, %error, "no thread to make a backtrace in"),
-        }
-    }
-}
-
-impl Drop for Reporter {
-    fn drop(&mut self) {
-        if let Some(report) = self.at_work.take() {
-            let _ = report.join();
+        if !self.scribe.write(report) {
+            tracing::info!(slot, generation, "no backtrace of this one: another is being made");
         }
     }
 }

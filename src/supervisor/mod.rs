@@ -37,6 +37,7 @@ use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
 use crate::sys::poll::wait_readable;
+use backtrace::Scribe;
 use handover::Handover;
 use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLoad, SlotState, StopMode, later};
 use post::{Message, PostBox};
@@ -76,6 +77,7 @@ struct Supervisor {
     steer: Steer,
     rescue: Rescue,
     watchdog: Watchdog,
+    scribe: Scribe,
     scaling: Option<Sampling>,
     shared: Arc<Shared>,
     starting: Option<Promise<Running>>,
@@ -114,6 +116,7 @@ pub(crate) fn start(
     let sampling = |period| Sampling { sampler: load::Sampler::default(), period, next: later(Instant::now(), period) };
     let supervisor = Supervisor {
         watchdog: Watchdog::new(supervision.policy.stall_limit, supervision.stall_backtraces),
+        scribe: Scribe::default(),
         scaling: policy.sample_period().map(sampling),
         policy,
         name: supervision.name.clone(),
@@ -306,7 +309,10 @@ impl Supervisor {
         };
         tracing::error!(slot, generation, "an executor has ended, {what}; its connections are closed");
         if let Some(backtrace) = failure.backtrace() {
-            tracing::error!(slot, generation, "its backtrace:\n{backtrace}");
+            let write = move || tracing::error!(slot, generation, "its backtrace:\n{backtrace}");
+            if !self.scribe.write(write) {
+                tracing::info!(slot, generation, "its backtrace is not shown: another is being written");
+            }
         }
         self.failures.insert(slot, what);
         how
