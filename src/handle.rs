@@ -158,7 +158,7 @@ pub struct ExecutorStats {
     pub turns: u64,
     /// Times the executor went to sleep.
     pub sleeps: u64,
-    /// Values of [`ShardLocal`](crate::ShardLocal) that are never dropped, for their executor's thread ended before their
+    /// Values of [`ShardLocal`](crate::ShardLocal) that are never dropped, for their executor ended for good before their
     /// last handle.
     pub values_leaked: u64,
 }

@@ -3,7 +3,8 @@
 //!
 //! # Why it is sound
 //! `T` need be neither `Send` nor `Sync`, so nothing of it may be touched on another thread than that which made it. That
-//! thread is its *home*; `Home` has a number that no other thread of the process ever has. Five rules:
+//! thread is its *home*; `Home` has a number that no other thread of the process ever has, nor this one when it works for
+//! another slot or server. Five rules:
 //!
 //! 1. **The handles count, atomically.** They share an `Arc`; cloning and dropping one touches its counters only, and that
 //!    from any thread. The value is in a box of its own, behind a pointer that nobody uses as `&mut` while a handle lives.
@@ -18,7 +19,7 @@
 //! 4. **The last handle frees the value, on the home thread or never.** There it is dropped in place. Elsewhere its box
 //!    is put, unopened, into the home's queue, and the home thread drops it between two turns, or between two
 //!    generations. All uses of the value happened before: on the home thread in its own order, and before the last
-//!    decrement by the counter's release and acquire. Once the thread has ended, what still comes stays unopened: leaked,
+//!    decrement by the counter's release and acquire. Once the home is left, what still comes stays unopened: leaked,
 //!    and counted before in `ExecutorStats::values_leaked`.
 //! 5. **A future of `run` follows the same rules** with one owner instead of many: made on its home (`run` panics
 //!    elsewhere, for what its closure holds is the *calling* thread's), polled there in its generation, dropped there or
@@ -28,7 +29,7 @@
 //! would dangle, and safe code can make one.
 
 use std::any::Any;
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
 use std::mem::ManuallyDrop;
@@ -46,13 +47,13 @@ use crate::executor::core::Core;
 use crate::executor::inbox::Inbox;
 use crate::panics::{Panic, caught};
 
-/// Numbers the threads that are somebody's home; 0 is none.
+/// Numbers homes; 0 is none.
 static THREADS: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     /// This thread's number. It has no destructor, so that it can be read to the thread's very end.
     static HERE: Cell<u64> = const { Cell::new(0) };
-    static HOME: OnceCell<Arc<Home>> = const { OnceCell::new() };
+    static HOME: RefCell<Option<Arc<Home>>> = const { RefCell::new(None) };
 }
 
 /// A thread that values belong to, as handles know it. It outlives the thread.
@@ -85,12 +86,19 @@ impl Home {
                 inbox: Arc::downgrade(inbox),
             })
         };
-        HOME.with(|home| Arc::clone(home.get_or_init(make)))
+        HOME.with_borrow_mut(|home| Arc::clone(home.get_or_insert_with(make)))
     }
 
     /// The same, unless this thread is nobody's home.
     pub(crate) fn here() -> Option<Arc<Self>> {
-        HOME.try_with(|home| home.get().cloned()).ok().flatten()
+        HOME.try_with(|home| home.borrow().clone()).ok().flatten()
+    }
+
+    /// Ends it, before the thread does: nothing comes home any more, and what is still somewhere leaks. The thread may
+    /// become another home, for which this one is elsewhere.
+    pub(crate) fn leave() -> Option<Arc<Self>> {
+        HERE.set(0);
+        HOME.try_with(|home| home.borrow_mut().take()).ok().flatten()
     }
 
     fn is_here(&self) -> bool {
@@ -132,7 +140,7 @@ impl Home {
         }
     }
 
-    /// Values and futures of this home that have not been dropped; once its thread has ended they never are.
+    /// Values and futures of this home that have not been dropped; once it is left they never are.
     pub(crate) fn alive(&self) -> u64 {
         self.alive.load(Ordering::Relaxed)
     }
@@ -148,7 +156,7 @@ impl Home {
 ///
 /// The value is dropped with its last handle, on its executor's thread: when that handle was on another thread, a moment
 /// later. A handle may outlive its generation, and the value then lives as long, though nobody reaches it any more. If it
-/// outlives the executor's thread the value is never dropped, and counted in
+/// outlives the executor (the end of the server, or of its thread) the value is never dropped, and counted in
 /// [`ExecutorStats::values_leaked`](crate::ExecutorStats::values_leaked). A value that holds a handle to itself is never
 /// dropped either, as with an `Rc`.
 ///

@@ -529,6 +529,24 @@ mod tests {
     }
 
     #[test]
+    fn a_sleeper_is_rung_once_for_many_messages() {
+        use std::io::Read;
+        let inbox = inbox();
+        inbox.open();
+        for round in 0..3 {
+            inbox.begin();
+            while inbox.next_job().is_some() {}
+            assert!(inbox.fall_asleep());
+            (0..100).for_each(|_| assert!(inbox.post(Box::new(|_| ())).is_ok()));
+            let mut rung = [0; 8];
+            let mut bell = std::fs::File::from(inbox.as_fd().try_clone_to_owned().expect("a descriptor is free"));
+            bell.read_exact(&mut rung).expect("it was rung");
+            assert_eq!(u64::from_ne_bytes(rung), 1, "round {round}");
+            inbox.awake();
+        }
+    }
+
+    #[test]
     fn an_inbox_that_is_filled_does_not_let_its_executor_sleep() {
         let inbox = inbox();
         assert!(inbox.fall_asleep());

@@ -1,7 +1,7 @@
 //! A slot's life: its pinned thread with glommio's executor on it, and in that one generation after the other.
 //!
-//! Reading order: [`slot`] (the thread), [`generation`] (the main future and its turns), [`core`] (what a generation's
-//! parts share), [`tasks`], [`inbox`], [`park`] (sleeping), [`accept`] and [`reserve`]
+//! Reading order: [`threads`] (where slots live), [`slot`] (one of them at work), [`generation`] (the main future and
+//! its turns), [`core`] (what a generation's parts share), [`tasks`], [`inbox`], [`park`] (sleeping), [`accept`] and [`reserve`]
 //! (new connections, and descriptors to refuse them with), [`directory`] and [`states`] (messages between executors, and
 //! the state they meet), [`queues`] (futures on glommio's task queues).
 
@@ -20,6 +20,7 @@ pub(crate) mod reserve;
 pub(crate) mod slot;
 pub(crate) mod states;
 pub(crate) mod tasks;
+pub(crate) mod threads;
 
 /// Without the feature `glommio` nothing is on glommio's task queues.
 #[cfg(not(feature = "glommio"))]
@@ -33,4 +34,8 @@ pub(crate) mod queues {
     pub(crate) async fn open() {}
 
     pub(crate) fn abandon() {}
+
+    pub(crate) fn made() -> bool {
+        false
+    }
 }

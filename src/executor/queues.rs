@@ -75,6 +75,11 @@ pub(crate) fn queue(name: &str, shares: usize) -> Option<TaskQueueHandle> {
     })
 }
 
+/// Whether there are any on this thread.
+pub(crate) fn made() -> bool {
+    LOCAL.with(|local| !local.queues.borrow().is_empty())
+}
+
 /// Number of futures on queues that are to be polled.
 pub(crate) fn due() -> usize {
     LOCAL.with(|local| local.due.get())

@@ -1,16 +1,16 @@
-//! A slot's thread: glommio's executor, pinned to the slot's CPU, and the outer future in which generations come and
-//! go. The executor lives as long as the slot, since replacing it leaks an eventfd of glommio's; a generation that fails
-//! leaves nothing behind.
+//! What a slot's thread does: the outer future in which generations come and go, on glommio's executor. The executor lives
+//! longer than the slot, since replacing it leaks an eventfd of glommio's (see `threads`); a generation that fails leaves
+//! nothing behind.
 
+use std::future::{Future, poll_fn};
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use glommio::{LocalExecutor, LocalExecutorBuilder, Placement, PoolPlacement};
+use glommio::LocalExecutor;
 
 use super::accept::Listener;
 use super::cells::Cells;
@@ -19,6 +19,7 @@ use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
 use super::park::Park;
 use super::queues;
+use super::threads::{self, Condition, Employment};
 use crate::blocking::Pool;
 use crate::net::registry::Registry;
 use crate::panics::{self, Panic, caught};
@@ -31,14 +32,8 @@ use crate::sys::heartbeats::Heartbeat;
 use crate::sys::socket;
 use crate::sys::stack_sample::ThreadId;
 
-/// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
-const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
-/// Entries of each of glommio's three rings; they carry file reads, timers and two eventfds here.
-const GLOMMIO_RING_DEPTH: usize = 64;
 /// How long a slot's thread stays awake when its generation has ended: some times what the supervisor takes to answer.
 const ORDER_AWAITED: Duration = Duration::from_millis(2);
-/// Large on purpose: with a short one glommio 0.9 can park with runnable work (see ARCHITECTURE.md, "Parking").
-const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);
 
 /// What a slot's thread tells the supervisor.
 #[derive(Debug)]
@@ -195,18 +190,22 @@ impl SlotSeat {
     }
 }
 
-/// Starts the slot's thread, the `thread`th of the slot; it waits for orders.
+/// Gives the slot a thread, its `thread`th; it waits for orders.
 ///
 /// # Errors
-/// When the thread cannot be made.
-pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<JoinHandle<()>> {
-    let name = format!("{}-{}", seat.settings.name, seat.slot);
-    std::thread::Builder::new().name(name).spawn(move || {
+/// When no thread can be made.
+pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<Employment> {
+    let (name, cpu) = (format!("{}-{}", seat.settings.name, seat.slot), seat.cpu);
+    let work = move |executor: Result<&LocalExecutor, Failure>| {
         panics::mark_thread();
         let mut guard = ThreadGuard { seat: Arc::clone(&seat), thread, failure: None };
         seat.occupy(Occupant::current());
-        guard.failure = execute(&seat).err();
-    })
+        executor.and_then(|executor| execute(&seat, executor)).unwrap_or_else(|failure| {
+            guard.failure = Some(failure);
+            Condition::Spent
+        })
+    };
+    threads::employ(name, cpu, Box::new(work))
 }
 
 /// Tells the supervisor of the thread's end, whatever brought it about.
@@ -233,43 +232,34 @@ impl Drop for ThreadGuard {
 }
 
 /// Fails where there is not even an executor for generations to live in.
-fn execute(seat: &SlotSeat) -> Result<(), Failure> {
+fn execute(seat: &SlotSeat, executor: &LocalExecutor) -> Result<Condition, Failure> {
     if let Err(error) = socket::block_sigpipe() {
         tracing::warn!(slot = seat.slot, %error, "SIGPIPE is not blocked on an executor; harmless while the program ignores it");
     }
-    let executor = make_executor(seat)?;
     // It stays ours: glommio never drops a task that waits, and when a panic gets out of it nothing else of it either.
     let mut outer = Box::pin(outer(seat));
-    catch_unwind(AssertUnwindSafe(|| executor.run(outer.as_mut()))).unwrap_or_else(|payload| {
-        report_fall(seat, &caught(payload));
-        queues::abandon();
-        take_down(outer);
-        Ok(())
-    })
-}
-
-fn make_executor(seat: &SlotSeat) -> Result<LocalExecutor, Failure> {
-    let builder = LocalExecutorBuilder::new(Placement::Fixed(seat.cpu))
-        .name(&seat.settings.name)
-        .io_memory(GLOMMIO_IO_MEMORY_BYTES)
-        .ring_depth(GLOMMIO_RING_DEPTH)
-        .preempt_timer(GLOMMIO_PREEMPT)
-        .blocking_thread_pool_placement(PoolPlacement::Unbound(1));
-    let attempt = format!("making glommio's executor for CPU {}", seat.cpu);
-    match catch_unwind(AssertUnwindSafe(|| builder.make())) {
-        Ok(Ok(executor)) => Ok(executor),
-        Ok(Err(error)) => {
-            let of_system = error.raw_os_error().map(std::io::Error::from_raw_os_error);
-            Err(Failure::of_setup(&attempt, &of_system.unwrap_or_else(|| std::io::Error::other(error.to_string()))))
+    let mut polls = 0;
+    let counted = poll_fn(|context| {
+        if polls == 0 {
+            // Taken, and with that set to zero.
+            let _ = glommio::executor().executor_stats();
         }
-        // glommio's way to say that it could not have the thread of its pool.
+        polls += 1;
+        outer.as_mut().poll(context)
+    });
+    match catch_unwind(AssertUnwindSafe(|| executor.run(counted))) {
+        Ok(ended) => ended?,
         Err(payload) => {
-            let panic = caught(payload);
-            let refused = panic.message.contains("failed to spawn thread");
-            let kind = if refused { Failure::NoResources } else { Failure::Start };
-            Err(kind(format!("{attempt}: {panic}")))
+            report_fall(seat, &caught(payload));
+            queues::abandon();
+            take_down(outer);
+            return Ok(Condition::Spent);
         }
     }
+    // What an embedder has put on glommio's queues cannot be taken off them, nor can the queues, and neither is to go on in
+    // another server.
+    let executed = executor.run(async { glommio::executor().executor_stats().tasks_executed() });
+    Ok(if executed == polls && !queues::made() { Condition::Idle } else { Condition::Spent })
 }
 
 /// A panic of a task that the embedder gave to glommio, or of glommio's own. Those of ours are caught before they get here.
@@ -350,15 +340,15 @@ fn take_back(seat: &SlotSeat) {
     }
 }
 
-/// At the thread's end: whatever has not come home by now never will.
+/// At the end of the slot's life on this thread: whatever has not come home by now never will.
 fn leave_home(seat: &SlotSeat) {
     take_back(seat);
-    let left = Home::here().map_or(0, |home| home.alive());
+    let left = Home::leave().map_or(0, |home| home.alive());
     if left > 0 {
         seat.cells.values_leaked.add(left);
         tracing::warn!(
             slot = seat.slot,
-            "{left} values of this executor are still held elsewhere as its thread ends, and will never be dropped"
+            "{left} values of this executor are still held elsewhere as it ends, and will never be dropped"
         );
     }
 }

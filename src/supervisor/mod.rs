@@ -22,7 +22,6 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::Error;
@@ -33,6 +32,7 @@ use crate::executor::directory::Directory;
 use crate::executor::generation::Ended;
 use crate::executor::inbox::Order as SlotOrder;
 use crate::executor::slot::{self, Report, SlotSeat};
+use crate::executor::threads::Employment;
 use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
@@ -69,7 +69,7 @@ struct Supervisor {
     policy: Policy,
     seats: Vec<Arc<SlotSeat>>,
     /// By slot and number; those joined are gone. `None` is one that could not be started.
-    threads: HashMap<(u16, u32), Option<JoinHandle<()>>>,
+    threads: HashMap<(u16, u32), Option<Employment>>,
     /// The seats of threads that were left behind, for the orders to them.
     left_behind: HashMap<(u16, u32), Arc<SlotSeat>>,
     /// Those that have been told to return.

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::policy::{End, Event, STOP_GRACE};
 use super::{SlotOrder, Supervisor};
 use crate::executor::core::Failure;
 use crate::executor::slot::SlotSeat;
-use crate::sys::thread;
+use crate::executor::threads::Employment;
 
 /// How long a thread that is told to return is waited for there and then: some times what it takes if nothing keeps it.
 const JOIN_AT_ONCE: Duration = Duration::from_millis(20);
@@ -23,7 +22,7 @@ pub(super) struct Ending {
     thread: u32,
     seat: Arc<SlotSeat>,
     /// `None` once it is joined.
-    handle: Option<JoinHandle<()>>,
+    handle: Option<Employment>,
     give_up_at: Instant,
     given_up: bool,
 }
@@ -31,7 +30,7 @@ pub(super) struct Ending {
 impl Ending {
     /// Whether it has ended.
     fn join(&mut self) -> bool {
-        self.handle = self.handle.take().and_then(|handle| thread::try_join(handle).err());
+        self.handle = self.handle.take().and_then(|handle| handle.try_join().err());
         self.handle.is_none()
     }
 

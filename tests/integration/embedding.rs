@@ -13,7 +13,7 @@ use ringleader::{Body, Files, Method, Request, Response, Running, Server, Shard,
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-use crate::support::{BOUND, Client, Process, Site, echo, eventually, local, settle};
+use crate::support::{BOUND, Client, Process, Site, echo, eventually, heap, local, settle};
 
 /// Set in a process that a test starts for itself.
 const ALONE: &str = "RINGLEADER_TEST_ALONE";
@@ -296,5 +296,52 @@ fn standard_streams_are_left_alone() {
         assert_eq!(targets(), before);
         settle(site.stop(Stop::Now)).expect("it stops");
         assert_eq!(targets(), before);
+    });
+}
+
+#[test]
+fn the_hosts_allocator_is_the_servers() {
+    const KEPT: usize = 32 * 1024 * 1024;
+    alone("the_hosts_allocator_is_the_servers", || {
+        let before = heap::in_use();
+        let site = Site::start(local(2).serve(async |_| {
+            let kept = vec![1_u8; KEPT];
+            Ok(service_fn(async move |_: Request| Ok(Response::new(Body::from(kept[KEPT - 1].to_string())))))
+        }));
+        assert_eq!(site.connect().get("/").text(), "1");
+        let meanwhile = heap::in_use();
+        assert!(meanwhile >= before + 2 * KEPT, "{before} bytes have become {meanwhile}");
+        settle(site.stop(Stop::Now)).expect("it stops");
+        let after = heap::in_use();
+        assert!(after < before + KEPT / 16, "{before} bytes have become {after}");
+    });
+}
+
+#[test]
+fn a_fork_of_the_host_starts_servers_of_its_own() {
+    alone("a_fork_of_the_host_starts_servers_of_its_own", || {
+        let serve = || {
+            let site = Site::start(server());
+            assert_eq!(site.connect().get("/").status, 200);
+            settle(site.stop(Stop::Now)).expect("it stops");
+        };
+        // From here on threads wait for the next server: the fork will not have them.
+        serve();
+        // SAFETY: no thread of this process is within anything that the child uses: those of the server wait, the test
+        // harness's, too. The C library sees to its own locks.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let well = panic::catch_unwind(serve).is_ok();
+            // SAFETY: ends the child, without what belongs to the parent's harness.
+            unsafe { libc::_exit(i32::from(!well)) };
+        }
+        assert!(child > 0, "{}", std::io::Error::last_os_error());
+        let mut status = 0;
+        eventually("the child has ended", || {
+            // SAFETY: asks after a child of this process; the status is written.
+            unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) == child }
+        });
+        assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
+        serve();
     });
 }

@@ -12,7 +12,7 @@ use ringleader::{
     Stop, service_fn,
 };
 
-use crate::support::{BOUND, Site, eventually, local, settle};
+use crate::support::{BOUND, Gate, Site, eventually, local, settle};
 
 /// A call's outcome, from this plain thread.
 fn wait<R: Send + 'static>(call: Call<R>) -> Result<R, PeerError> {
@@ -446,6 +446,37 @@ fn a_drain_answers_the_calls_that_have_begun() {
     begun.recv_timeout(BOUND).expect("it begins");
     assert!(settle(site.stop(Stop::Drain(BOUND))).expect("it stops").drained);
     assert_eq!(wait(call), Ok(7));
+}
+
+#[test]
+fn in_the_drain_of_a_whole_server_an_executor_without_work_is_down_at_once() {
+    let gate = Gate::shut();
+    let mut builder = local(2);
+    let state = builder.sharded("state", async |shard: ringleader::Shard| Ok(shard.id()));
+    let site = {
+        let gate = gate.clone();
+        Site::start(builder.serve(async move |shard: ringleader::Shard| {
+            let (gate, state) = (gate.clone(), state.clone());
+            Ok(service_fn(async move |_: Request| {
+                let other = shard.peers().iter().find(|slot| *slot != shard.id()).ok_or("there are two")?;
+                let before = state.call(other, async move |slot| *slot == other).await;
+                gate.passed().await;
+                let after = state.call(other, async move |slot| *slot == other).await;
+                Ok(Response::new(Body::from(format!("{before:?} {after:?}"))))
+            }))
+        }))
+    };
+    let mut client = site.connect();
+    client.ask("/");
+    let with_work = || site.stats().executors.iter().position(|executor| executor.in_flight == 1);
+    eventually("the handler runs", || with_work().is_some());
+    let other = 1 - with_work().expect("it waits");
+    let exit = site.stop(Stop::Drain(BOUND));
+    eventually("the other one has ended", || site.stats().executors[other].state == ExecutorState::Idle);
+    gate.open();
+    let answer = client.answer();
+    assert_eq!((answer.status, answer.text()), (200, "Ok(true) Err(Down)"));
+    assert!(settle(exit).expect("it stops").drained);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::io::{ErrorKind, Read};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use ringleader::{
@@ -68,6 +68,28 @@ fn a_start_up_that_takes_too_long_fails_the_server() {
         Ok(service_fn(echo))
     });
     expect_failure(server, &address, &["executor 0 ", "too long"]);
+}
+
+#[test]
+fn a_start_up_that_blocks_its_thread_fails_the_server_too() {
+    let (builder, address) = of_its_own(6);
+    let (release, released) = mpsc::channel::<()>();
+    let released = Mutex::new(released);
+    let server = builder.executors(2).start_timeout(Duration::from_millis(200)).serve(async move |shard: Shard| {
+        if shard.id().index() == 1 {
+            // Nobody can end it from outside.
+            let _ = released.lock().expect("nobody panics with it").recv();
+        }
+        Ok(service_fn(echo))
+    });
+    let error = settle(server.start()).expect_err("it cannot start");
+    assert!(error.is_start(), "{error:?}");
+    assert!(error.to_string().contains("executor 1 "), "{error}");
+    drop(release);
+    eventually("the thread has come back, and has let go of the address", || {
+        settle(Server::builder().listen(address.as_str()).executors(1).serve(async |_| Ok(service_fn(echo))).start())
+            .is_ok()
+    });
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod activation;
 mod bodies;
 mod client;
 mod crash_loop;
+mod cycles;
 mod escapes;
 mod faults;
 mod histogram;
@@ -66,6 +67,8 @@ enum Proof {
     Bodies(bodies::Arguments),
     /// Start-ups that panic each time: quarantine, readiness, the end
     CrashLoop(crash_loop::Arguments),
+    /// A thousand servers one after the other in one process: descriptors, threads and memory level
+    Cycles(cycles::Arguments),
     /// System calls that fail, stops, no CPU, no descriptors: the service goes on
     Faults(faults::Arguments),
     /// systemd: socket activation, READY=1, STOPPING=1
@@ -93,6 +96,7 @@ impl Proof {
             Self::Spread(arguments) => &arguments.common,
             Self::Bodies(arguments) => &arguments.common,
             Self::CrashLoop(arguments) => &arguments.common,
+            Self::Cycles(arguments) => &arguments.common,
             Self::Faults(arguments) => &arguments.common,
             Self::Activation(arguments) => &arguments.common,
             Self::Panics(arguments) => &arguments.common,
@@ -112,6 +116,7 @@ impl Proof {
             Self::Spread(arguments) => spread::run(arguments).await,
             Self::Bodies(arguments) => bodies::run(arguments).await,
             Self::CrashLoop(arguments) => crash_loop::run(arguments).await,
+            Self::Cycles(arguments) => cycles::run(arguments).await,
             Self::Faults(arguments) => faults::run(arguments).await,
             Self::Activation(arguments) => activation::run(arguments).await,
             Self::Panics(arguments) => panics::run(arguments).await,

@@ -2,6 +2,7 @@
 
 mod body;
 mod client;
+pub mod heap;
 mod process;
 
 use std::sync::{Arc, mpsc};
