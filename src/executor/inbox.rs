@@ -537,7 +537,7 @@ mod tests {
             inbox.begin();
             while inbox.next_job().is_some() {}
             assert!(inbox.fall_asleep());
-            (0..100).for_each(|_| assert!(inbox.post(Box::new(|_| ())).is_ok()));
+            (0..100).for_each(|_| assert!(inbox.post(Job::Closure(Box::new(|_| ()))).is_ok()));
             let mut rung = [0; 8];
             let mut bell = std::fs::File::from(inbox.as_fd().try_clone_to_owned().expect("a descriptor is free"));
             bell.read_exact(&mut rung).expect("it was rung");

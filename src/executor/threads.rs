@@ -29,6 +29,11 @@ const GLOMMIO_RING_DEPTH: usize = 64;
 /// Large on purpose: with a short one glommio 0.9 can park with runnable work (see ARCHITECTURE.md, "Parking").
 const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);
 
+/// What the system calls a thread that waits; 15 bytes is what it takes.
+const NAME_IDLE: &str = "ringleader-idle";
+/// And glommio's threads, which take it from the thread that makes their executor.
+const NAME_GLOMMIO: &str = "ringleader-pool";
+
 /// What the thread is to be left to after its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Condition {
@@ -85,6 +90,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// A thread that waits for work.
 struct Idle {
+    /// What the standard library calls it.
+    name: String,
     cpu: usize,
     jobs: Sender<Job>,
     thread: Handle,
@@ -110,11 +117,12 @@ impl Stock {
         use_it(&mut stock.idle)
     }
 
-    /// The one that waited least, on the same CPU if there is one: its memory is near, and its stack in the cache.
-    fn take(cpu: usize) -> Option<Idle> {
+    /// The one that waited least of those that suit best: its name is right for ever, and on the same CPU its memory is near.
+    fn take(name: &str, cpu: usize) -> Option<Idle> {
         Self::with(|idle| {
-            let near = idle.iter().rposition(|thread| thread.cpu == cpu);
-            near.map(|index| idle.remove(index)).or_else(|| idle.pop())
+            let suits = |(_, thread): &(usize, &Idle)| (thread.name == name, thread.cpu == cpu);
+            let best = idle.iter().enumerate().max_by_key(suits).map(|(index, _)| index);
+            best.map(|index| idle.remove(index))
         })
     }
 }
@@ -126,7 +134,7 @@ impl Stock {
 pub(crate) fn employ(name: String, cpu: usize, work: Work) -> io::Result<Employment> {
     let (tell, done) = mpsc::channel();
     let mut job = Job { name, cpu, work, done: tell };
-    while let Some(Idle { jobs, thread, .. }) = Stock::take(cpu) {
+    while let Some(Idle { jobs, thread, .. }) = Stock::take(&job.name, cpu) {
         match jobs.send(job) {
             Ok(()) => return Ok(Employment { done, thread }),
             // It has ended, which no waiting thread does; there are others.
@@ -142,6 +150,8 @@ pub(crate) fn employ(name: String, cpu: usize, work: Work) -> io::Result<Employm
 
 /// A thread's life.
 fn live(first: Job, this: &Handle) {
+    let first_name = first.name.clone();
+    rename(NAME_GLOMMIO);
     let executor = match make(first.cpu) {
         Ok(executor) => executor,
         Err(failure) => {
@@ -149,6 +159,7 @@ fn live(first: Job, this: &Handle) {
             return;
         }
     };
+    rename(&first_name);
     let (to_this, jobs) = mpsc::channel();
     let mut ready = Ok(());
     let mut next = Some(first);
@@ -163,7 +174,9 @@ fn live(first: Job, this: &Handle) {
             return;
         }
         // Before the word that it is done: who hears it and starts the next server is to find this thread waiting.
-        Stock::with(|idle| idle.push(Idle { cpu, jobs: to_this.clone(), thread: Arc::clone(this) }));
+        rename(NAME_IDLE);
+        let (name, jobs_for_it, thread) = (first_name.clone(), to_this.clone(), Arc::clone(this));
+        Stock::with(|idle| idle.push(Idle { name, cpu, jobs: jobs_for_it, thread }));
         let _ = done.send(());
         drop(done);
         next = jobs.recv().ok();
@@ -200,10 +213,14 @@ fn make(cpu: usize) -> Result<LocalExecutor, Failure> {
 /// Makes the calling thread what the job wants: its CPU and its name. The name that the standard library knows, and says
 /// in its message of a panic, stays the first.
 fn move_in(job: &Job) -> Result<(), Failure> {
-    // Cut to 15 bytes by the kernel. Without /proc it keeps the name it has, which hurts nobody.
-    let _ = fs::write("/proc/thread-self/comm", &job.name);
+    rename(&job.name);
     let attempt = format!("pinning an executor to CPU {}", job.cpu);
     affinity::run_on(&[job.cpu]).map_err(|error| Failure::of_setup(&attempt, &error))
+}
+
+/// What the system calls the calling thread; cut to 15 bytes. Without /proc it keeps the name it has, which hurts nobody.
+fn rename(name: &str) {
+    let _ = fs::write("/proc/thread-self/comm", name);
 }
 
 #[cfg(test)]
