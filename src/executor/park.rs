@@ -298,13 +298,15 @@ mod tests {
     #[test]
     fn a_wake_that_glommio_loses_comes_late_and_not_never() {
         parked(Duration::from_micros(40), async |park, _| {
-            let mut late = 0;
-            for _ in 0..1000 {
+            let (mut rounds, mut late) = (0, 0);
+            // On a machine that is busy each of them may be lost.
+            while rounds < 1000 && late < 3 {
                 let begun = Instant::now();
                 park.hand_over().await;
+                rounds += 1;
                 late += u32::from(begun.elapsed() >= LOST_WAKE_MIN);
             }
-            println!("{late} of 1000 wakes were lost");
+            println!("{late} of {rounds} wakes were lost");
         });
     }
 }

@@ -39,8 +39,9 @@ fn restarts_leave_nothing_behind() {
         (server.threads(), server.rss_bytes())
     };
     let (threads, rss) = escapes(10);
-    let (threads_later, rss_later) = escapes(90);
-    assert_eq!(threads_later, threads);
+    let (_, rss_later) = escapes(90);
+    // One that writes a backtrace may have been among them.
+    eventually("there are no more threads than before", || server.threads() <= threads);
     assert!(rss_later < rss + 4 * MIB, "{rss} bytes have become {rss_later}");
 }
 
