@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use ringleader::{Body, Request, Response, Server, Stop, service_fn};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::client::Client;
 use crate::proc::{self, Sample};
@@ -40,14 +40,17 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
         arguments.executors, arguments.requests
     );
     println!("  {:>7}  {:>11}  {:>7}  {:>9}", "cycles", "descriptors", "threads", "RSS");
-    show(0, &look()?);
+    let alone = look()?;
+    show(0, &alone);
+    // Each executor's, and glommio's beside it.
+    let expected = alone.threads + 2 * arguments.executors as u64;
     let (begin, mut warm, mut most) = (Instant::now(), None, (0, 0));
     for number in 1..=arguments.cycles {
         let served = timeout(LIMIT, cycle(arguments)).await;
         served
             .map_err(|_| format!("cycle {number} has not ended in {LIMIT:?}"))?
             .map_err(|e| format!("cycle {number}: {e}"))?;
-        let now = look()?;
+        let now = settled(expected).await?;
         if number == WARM_UP.min(arguments.cycles) {
             warm = Some(now);
         }
@@ -94,6 +97,17 @@ async fn cycle(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> 
     drop(client);
     let exit = running.stop(Stop::Drain(LIMIT)).await?;
     if exit.drained && exit.abandoned == 0 { Ok(()) } else { Err(format!("{exit:?}").into()) }
+}
+
+/// A look when the last supervisor has gone, which may have told of its server's end a moment before its own.
+async fn settled(threads: u64) -> Result<Sample, String> {
+    for _ in 0..1000 {
+        if look()?.threads == threads {
+            break;
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+    look()
 }
 
 fn look() -> Result<Sample, String> {
