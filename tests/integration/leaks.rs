@@ -116,7 +116,8 @@ fn whole_servers_leave_nothing_behind_but_threads_for_the_next() {
     assert_eq!(after, before);
     // With executors that end, glommio leaks about 1.5 KiB for each, in these 200 of them 300 KiB.
     assert!(heap_later < heap + 32 * 1024, "{heap} bytes in use have become {heap_later}");
-    assert!(rss_later < rss + 512 * 1024, "{rss} bytes have become {rss_later}");
+    // What the allocator keeps varies; what is in use is told above.
+    assert!(rss_later < rss + 4 * MIB, "{rss} bytes have become {rss_later}");
 }
 
 #[test]
