@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use crate::blocking::{self, Pool};
 use crate::error::Kind;
+use crate::executor::lookout::Lookout;
 use crate::executor::slot::{Common, Report, Reports, SlotSeat};
 use crate::executor::tasks::LocalFuture;
 use crate::handle::{Exit, Running, Shared, Slot, Waiting};
@@ -504,7 +505,14 @@ impl Server {
         let (post, inbox) = post::post()
             .map_err(|error| Error::new(Kind::System, format!("making the supervisor's eventfd: {error}")))?;
         let components = builder.components.of_one_server();
-        let common = Common { settings, factory, components, blocking: Arc::clone(&blocking), ready: Arc::default() };
+        let common = Common {
+            settings,
+            factory,
+            components,
+            blocking: Arc::clone(&blocking),
+            lookout: Lookout::new(),
+            ready: Arc::default(),
+        };
         let seats = seats(&cpus, groups, kernel.heartbeats(), &common, &post)?;
         common.components.seat(&seats)?;
         let slots = seats.iter().map(|seat| Slot::new(seat.cpu, Arc::clone(&seat.cells))).collect();
@@ -520,7 +528,7 @@ impl Server {
             exit: Mutex::new(Waiting::For(Vec::new())),
         });
         let handover = builder.handover(places, std::mem::take(inheritance));
-        supervisor::start(builder.supervision(cpus.len(), blocking, handover), seats, table, shared, inbox)
+        supervisor::start(builder.supervision(cpus.len(), &common, handover), seats, table, shared, inbox)
     }
 }
 
@@ -648,7 +656,7 @@ impl Builder {
     }
 
     /// How to supervise `slots` slots.
-    fn supervision(&self, slots: usize, blocking: Arc<Pool>, handover: Handover) -> supervisor::Supervision {
+    fn supervision(&self, slots: usize, common: &Common, handover: Handover) -> supervisor::Supervision {
         let mut policy = self.policy.clone();
         if let Some(Executors { min, .. }) = self.executors.filter(|executors| executors.min < executors.max) {
             // No more than the slots, which are counted in u16.
@@ -663,7 +671,8 @@ impl Builder {
             signals: self.signals,
             handover,
             stall_backtraces: self.stall_backtraces,
-            blocking,
+            blocking: Arc::clone(&common.blocking),
+            lookout: Arc::clone(&common.lookout),
         }
     }
 }

@@ -71,6 +71,8 @@ struct Generation {
     handed_over: Instant,
     /// Whether anything but a tick came since the last sleep.
     active: bool,
+    /// Whether the supervisor may take it that there is nothing to do.
+    parked: bool,
     /// Up to when the time in turns has been counted; `None` after a sleep.
     counted: Option<Instant>,
     /// Since when it has been asleep; looked at only where requests may be refused.
@@ -108,6 +110,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         ended: None,
         handed_over: Instant::now(),
         active: true,
+        parked: false,
         counted: None,
         asleep_at: None,
         full: false,
@@ -115,8 +118,10 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         put_off: Rarely::default(),
         core: Rc::clone(&core),
     };
+    seat.rouse();
     let ended = generation.turns(seat, park).await;
     seat.heartbeat.busy(Instant::now());
+    generation.rouse(seat);
     // The user's things may call their host's runtime as they are dropped.
     let _host = seat.settings.host.enter();
     // They may panic, too; the ring must come down all the same.
@@ -199,6 +204,7 @@ impl Generation {
                     // What the kernel completed before the signal was switched on would ring no bell.
                     if !self.core.driver().ring().wants_enter() {
                         self.rest(seat);
+                        self.park(seat);
                         queues::close();
                         let woken = |context: &mut Context<'_>| match queues::due() {
                             0 => self.core.tasks.poll_woken(context),
@@ -226,6 +232,9 @@ impl Generation {
         core.fire_timers();
         self.accept();
         self.note_fullness(seat);
+        if core.tasks.ready() > 0 {
+            self.rouse(seat);
+        }
         core.driver().begin_turn(core.tasks.ready());
         core.tasks.poll_ready(|on_panic, panic| contained_or_not(&core, on_panic, panic));
         core.driver().end_turn();
@@ -257,6 +266,20 @@ impl Generation {
         seat.heartbeat.asleep();
     }
 
+    fn park(&mut self, seat: &SlotSeat) {
+        if !self.parked {
+            self.parked = true;
+            seat.presence.park();
+        }
+    }
+
+    /// Something is about to run. The two turns a second in which an idle executor finds nothing rouse nobody.
+    fn rouse(&mut self, seat: &SlotSeat) {
+        if std::mem::take(&mut self.parked) {
+            seat.rouse();
+        }
+    }
+
     /// How long the turn that began at `last` took, and the sleep after it.
     fn note_delay(&mut self, last: Instant) {
         if let Some(shedder) = &self.core.shedder {
@@ -276,6 +299,7 @@ impl Generation {
         }
         self.watch_again(seat);
         if seat.inbox.is_filled() {
+            self.rouse(seat);
             self.active = true;
             seat.inbox.begin();
             self.core.tasks.woken_elsewhere(std::iter::from_fn(|| seat.inbox.next_wake()));

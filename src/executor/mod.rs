@@ -11,6 +11,7 @@ pub(crate) mod core;
 pub(crate) mod directory;
 pub(crate) mod generation;
 pub(crate) mod inbox;
+pub(crate) mod lookout;
 pub(crate) mod overload;
 pub(crate) mod park;
 #[cfg(feature = "glommio")]

@@ -17,6 +17,7 @@ use super::cells::Cells;
 use super::core::{Core, Failure, Scene};
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
+use super::lookout::{Lookout, Presence};
 use super::park::Park;
 use super::queues;
 use super::threads::{self, Condition, Employment};
@@ -42,6 +43,8 @@ pub(crate) enum Report {
     Ready { slot: u16, generation: u64 },
     /// The generation has as many connections as it may, or has room again.
     Full { slot: u16, generation: u64, full: bool },
+    /// The generation has something to do, and nobody looked at its heartbeat.
+    Roused,
     /// The generation has ended and is torn down.
     Ended { slot: u16, generation: u64, ended: Ended },
     /// The thread ends, expected or not: the last report of it. `failure`: it could not be made, or could not be made an
@@ -76,6 +79,7 @@ pub(crate) struct Common {
     pub factory: Arc<dyn Factory>,
     pub components: Components,
     pub blocking: Arc<Pool>,
+    pub lookout: Arc<Lookout>,
     /// What [`Shard::is_ready`](crate::Shard::is_ready) says.
     pub ready: Arc<AtomicBool>,
 }
@@ -90,6 +94,7 @@ pub(crate) struct SlotSeat {
     pub inbox: Arc<Inbox>,
     pub cells: Arc<Cells>,
     pub heartbeat: Heartbeat,
+    pub presence: Presence,
     /// The open sockets of its executor.
     pub sockets: Arc<Registry>,
     pub blocking: Arc<Pool>,
@@ -110,7 +115,7 @@ impl SlotSeat {
         heartbeat: Heartbeat,
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
-        let Common { settings, factory, components, blocking, ready } = common;
+        let Common { settings, factory, components, blocking, lookout, ready } = common;
         Ok(Arc::new(Self {
             slot,
             cpu,
@@ -120,6 +125,7 @@ impl SlotSeat {
             inbox: Arc::new(Inbox::new()?),
             cells: Arc::new(Cells::default()),
             heartbeat,
+            presence: Presence::new(&lookout),
             sockets: Arc::default(),
             blocking,
             ready,
@@ -144,6 +150,7 @@ impl SlotSeat {
             inbox: Arc::new(Inbox::new()?),
             cells: Arc::new(self.cells.successor()),
             heartbeat: self.heartbeat.successor(),
+            presence: self.presence.successor(),
             sockets: Arc::default(),
             blocking: Arc::clone(&self.blocking),
             ready: Arc::clone(&self.ready),
@@ -183,6 +190,13 @@ impl SlotSeat {
 
     pub(crate) fn full(&self, generation: u64, full: bool) {
         (self.reports)(Report::Full { slot: self.slot, generation, full });
+    }
+
+    /// To be called before something runs that may take its time, when the executor was parked.
+    pub(crate) fn rouse(&self) {
+        if self.presence.rouse() {
+            (self.reports)(Report::Roused);
+        }
     }
 
     pub(crate) fn ready(&self, generation: u64) {

@@ -31,6 +31,7 @@ use crate::executor::core::Failure;
 use crate::executor::directory::Directory;
 use crate::executor::generation::Ended;
 use crate::executor::inbox::Order as SlotOrder;
+use crate::executor::lookout::Lookout;
 use crate::executor::slot::{self, Report, SlotSeat};
 use crate::executor::threads::Employment;
 use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
@@ -62,6 +63,7 @@ pub(crate) struct Supervision {
     /// Whether the log says what a stalled executor is doing, which takes a signal.
     pub stall_backtraces: bool,
     pub blocking: Arc<Pool>,
+    pub lookout: Arc<Lookout>,
 }
 
 struct Supervisor {
@@ -115,7 +117,7 @@ pub(crate) fn start(
     let policy = Policy::new(supervision.policy.clone(), seats.len() as u16, seed);
     let sampling = |period| Sampling { sampler: load::Sampler::default(), period, next: later(Instant::now(), period) };
     let supervisor = Supervisor {
-        watchdog: Watchdog::new(supervision.policy.stall_limit, supervision.stall_backtraces),
+        watchdog: Watchdog::new(supervision.policy.stall_limit, supervision.stall_backtraces, supervision.lookout),
         scribe: Scribe::default(),
         scaling: policy.sample_period().map(sampling),
         policy,
@@ -150,6 +152,8 @@ impl Supervisor {
         loop {
             while let Some(event) = events.pop_front() {
                 let actions = self.policy.step(event, Instant::now());
+                // Others may serve now than those it looked at.
+                self.watchdog.look_soon();
                 // Before anybody is answered, who might look at once.
                 self.show();
                 self.open_inboxes(&actions);
@@ -272,6 +276,10 @@ impl Supervisor {
                 }
                 Some(Event::Ready { slot, generation: generation as u32 })
             }
+            Report::Roused => {
+                self.watchdog.look_soon();
+                None
+            }
             Report::Full { slot, generation, full } => {
                 self.note_full(slot, generation, full);
                 None
@@ -360,7 +368,6 @@ impl Supervisor {
             }
             Action::SetActive(slots) => {
                 self.steer.set_active(slots, &self.seats);
-                self.watchdog.look_soon();
             }
             Action::Rescue(slots) => {
                 self.rescue.set(slots, &self.seats);

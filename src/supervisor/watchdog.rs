@@ -1,5 +1,5 @@
 //! The watchdog: finds executors whose turn does not end, and those that have come back. It costs an executor nothing:
-//! heartbeats are read where executors leave them.
+//! heartbeats are read where executors leave them. While all of them are parked it does not look.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::backtrace::Reporter;
 use super::policy::{Event, FAR, SlotState, SlotStatus};
 use super::watch::{Reading, Verdict, Watch};
+use crate::executor::lookout::Lookout;
 use crate::executor::slot::SlotSeat;
 use crate::sys::procfs;
 
@@ -16,6 +17,7 @@ pub(super) struct Watchdog {
     limit: Duration,
     watches: HashMap<u16, (Watch, Told)>,
     next: Option<Instant>,
+    lookout: Arc<Lookout>,
     /// `None` if it was not asked for, or cannot be.
     reporter: Option<Reporter>,
 }
@@ -31,13 +33,13 @@ enum Told {
 
 impl Watchdog {
     /// Turns of up to `limit` are in order. With `backtraces`, the log says what a stalled executor is doing.
-    pub(super) fn new(limit: Duration, backtraces: bool) -> Self {
+    pub(super) fn new(limit: Duration, backtraces: bool, lookout: Arc<Lookout>) -> Self {
         let reporter = backtraces.then(Reporter::new).and_then(|reporter| {
             reporter.inspect_err(|error| tracing::warn!(%error, "no backtraces of stalled executors")).ok()
         });
         // Three times of it are reckoned with.
         let limit = limit.min(FAR);
-        Self { limit, watches: HashMap::new(), next: None, reporter }
+        Self { limit, watches: HashMap::new(), next: None, lookout, reporter }
     }
 
     /// When to look again; `None` is at once.
@@ -45,7 +47,7 @@ impl Watchdog {
         self.next
     }
 
-    /// Executors have begun to serve, or have ceased to: what is known of when to look is out of date.
+    /// What is known of when to look is out of date.
     pub(super) fn look_soon(&mut self) {
         self.next = None;
     }
@@ -66,19 +68,24 @@ impl Watchdog {
         if !due {
             return Vec::new();
         }
-        // While nobody serves there is nobody to be late.
-        let mut next = now + self.limit;
+        let mut next = now + FAR;
         let mut events = Vec::new();
+        let mut watched = Vec::new();
         for status in slots {
             if matches!(status.state, SlotState::Ready | SlotState::Stalled | SlotState::Starved) {
-                let (event, again) = self.look_at(&seats[usize::from(status.slot)], status, now);
+                let seat = &seats[usize::from(status.slot)];
+                let (event, again) = self.look_at(seat, status, now);
                 events.extend(event);
                 next = next.min(again);
+                watched.push(&seat.presence);
             } else {
                 self.watches.remove(&status.slot);
             }
         }
-        self.next = Some(next);
+        let calm = self.watches.values().all(|(_, told)| *told == Told::Healthy);
+        // While nobody has anything to do, or nobody serves, there is nobody to be late.
+        let doze = calm && self.lookout.doze(watched.into_iter());
+        self.next = Some(if doze { now + FAR } else { next });
         events
     }
 

@@ -232,3 +232,19 @@ fn a_server_told_to_abort_on_a_hang_does() {
     assert_eq!(ended.status, None, "it ends by a signal");
     assert!(ended.printed.contains("hangs"), "{}", ended.printed);
 }
+
+#[test]
+fn nobody_looks_at_a_server_with_nothing_to_do_and_a_stall_after_that_is_found() {
+    let arguments = ["--executors", "2", "--chaos"];
+    let mut server = spawn(&[], &arguments);
+    eventually("the supervisor sleeps", || {
+        let before = server.sleeps_of("ringleader-sup");
+        // Of the looks at heartbeats five would be in it.
+        std::thread::sleep(Duration::from_millis(400));
+        server.sleeps_of("ringleader-sup") <= before + 1
+    });
+    server.connect().ask("/chaos/spin?ms=600");
+    // Stalled, or on a machine that is busy without a CPU.
+    server.wait_for_line("new connections go elsewhere");
+    server.wait_for_line("the executor has come back");
+}

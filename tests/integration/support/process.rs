@@ -163,6 +163,16 @@ impl Process {
     }
 
     /// Resident memory.
+    /// How often the thread of that name has gone to sleep.
+    pub fn sleeps_of(&self, name: &str) -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.id())).expect("it runs");
+        let status = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok());
+        let line = format!("Name:\t{name}\n");
+        let of_name = status.into_iter().find(|status| status.starts_with(&line)).expect("such a thread");
+        let count = of_name.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("a count");
+        count.trim().parse().expect("a number")
+    }
+
     pub fn rss_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it is running");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");

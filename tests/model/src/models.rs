@@ -7,6 +7,7 @@ use loom::thread;
 
 use crate::executor::directory::Directory;
 use crate::executor::inbox::{Inbox, Job, Refusal};
+use crate::executor::lookout::{Lookout, Presence};
 use crate::receiver::Receiver;
 use crate::sync::ROOM;
 
@@ -147,4 +148,17 @@ pub fn a_job_is_posted_while_two_close_the_inbox() {
 pub(crate) fn close_elsewhere(inbox: &Arc<Inbox>) -> thread::JoinHandle<()> {
     let inbox = Arc::clone(inbox);
     thread::spawn(move || inbox.close())
+}
+
+/// Two parked executors get something to do while the supervisor goes to sleep. It stays up, or one of them tells it.
+pub fn two_executors_get_up_while_the_supervisor_falls_asleep() {
+    let lookout = Lookout::new();
+    let executors = [0, 1].map(|_| Arc::new(Presence::new(&lookout)));
+    executors.iter().for_each(|executor| executor.park());
+    let threads = executors.clone().map(|executor| thread::spawn(move || executor.rouse()));
+    let dozes = lookout.doze(executors.iter().map(Arc::as_ref));
+    let told = threads.into_iter().map(|thread| thread.join().unwrap()).filter(|told| *told).count();
+    assert!(told <= 1, "who sleeps is woken once");
+    assert!(told == 1 || !dozes, "nobody looks, and nobody says so");
+    assert!(!lookout.doze(executors.iter().map(Arc::as_ref)), "both are up");
 }

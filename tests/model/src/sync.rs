@@ -76,6 +76,14 @@ impl AtomicUsize {
         self.0.load(Self::order(order))
     }
 
+    pub fn store(&self, value: usize, order: Ordering) {
+        self.0.store(value, Self::order(order));
+    }
+
+    pub fn swap(&self, value: usize, order: Ordering) -> usize {
+        self.0.swap(value, Self::order(order))
+    }
+
     pub fn fetch_add(&self, more: usize, order: Ordering) -> usize {
         match DEFECT.get() {
             Defect::TwoSteps => self.in_two_steps(|value| value + more),

@@ -89,3 +89,14 @@ fn it_has_no_outcome_if_it_is_not_noted() {
 fn a_caller_that_goes_away_is_woken_once_or_not_at_all() {
     check(Defect::None, peers::a_caller_goes_away_while_it_is_answered);
 }
+
+#[test]
+fn no_executor_gets_up_unseen() {
+    check(Defect::None, models::two_executors_get_up_while_the_supervisor_falls_asleep);
+}
+
+#[test]
+#[should_panic(expected = "nobody looks, and nobody says so")]
+fn one_gets_up_unseen_if_there_is_no_fence() {
+    check(Defect::Unfenced, models::two_executors_get_up_while_the_supervisor_falls_asleep);
+}
