@@ -499,6 +499,7 @@ impl Server {
             overload: builder.overload.clone(),
             panics: builder.panics,
             escalation: builder.escalation,
+            escalation_rest: builder.policy.restart.quarantine_window,
             host: builder.host.clone(),
         });
         let blocking = Arc::new(builder.blocking_pool());

@@ -125,7 +125,9 @@ pub enum PanicPolicy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Escalation {
-    /// One more than this many within [`within`](Self::within) and the generation ends, as if the last one had escaped.
+    /// One more than this many within [`within`](Self::within) and the generation ends, as if the last one had escaped. Not
+    /// again for [`RestartPolicy::quarantine_window`](crate::RestartPolicy::quarantine_window), 30 s: those that a restart
+    /// does not help against are only contained.
     /// 100; 10,000 at most.
     pub panics_max: u32,
     /// 10 s. Erlang's supervisors have the same pair, `intensity` and `period`, with 1 in 5 s; but theirs counts
@@ -167,6 +169,8 @@ pub(crate) struct Settings {
     pub panics: PanicPolicy,
     /// `None` is never.
     pub escalation: Option<Escalation>,
+    /// Between two escalations of a slot.
+    pub escalation_rest: Duration,
     pub host: Host,
 }
 

@@ -165,7 +165,11 @@ impl Core {
         let driver = Driver::new(RingOptions::default(), Arc::clone(&seat.sockets))?;
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed) + 1;
         let now = Instant::now();
-        let escalator = RefCell::new(Escalator::new(seat.settings.escalation));
+        let escalator = RefCell::new(Escalator::new(
+            seat.settings.escalation,
+            seat.settings.escalation_rest,
+            seat.escalated.clone(),
+        ));
         let core = Rc::new(Self {
             serial,
             slot: seat.slot,

@@ -23,6 +23,7 @@ use super::queues;
 use super::threads::{self, Condition, Employment};
 use crate::blocking::Pool;
 use crate::net::registry::Registry;
+use crate::panics::escalator::Escalated;
 use crate::panics::{self, Panic, caught};
 use crate::server::Factory;
 use crate::server::sharded::Components;
@@ -99,6 +100,7 @@ pub(crate) struct SlotSeat {
     pub sockets: Arc<Registry>,
     pub blocking: Arc<Pool>,
     pub ready: Arc<AtomicBool>,
+    pub escalated: Escalated,
     pub reports: Reports,
     /// The thread that lives here, once it does.
     occupant: Mutex<Option<Occupant>>,
@@ -129,6 +131,7 @@ impl SlotSeat {
             sockets: Arc::default(),
             blocking,
             ready,
+            escalated: Escalated::default(),
             reports,
             occupant: Mutex::new(None),
             listeners: Mutex::new(Some(Arc::new(listeners))),
@@ -154,6 +157,7 @@ impl SlotSeat {
             sockets: Arc::default(),
             blocking: Arc::clone(&self.blocking),
             ready: Arc::clone(&self.ready),
+            escalated: self.escalated.clone(),
             reports: Arc::clone(&self.reports),
             occupant: Mutex::new(None),
             listeners: Mutex::new(self.listeners()),

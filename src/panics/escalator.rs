@@ -1,22 +1,45 @@
-//! When contained panics are too many to go on with the same state. Pure: the time is an argument.
+//! When contained panics are too many to go on with the same state. The time is an argument.
+//!
+//! State that a restart has made anew, and that panics as before, was not what is broken: then the requests are, or the code,
+//! and restarting again costs everybody else's connections for nothing. So a slot rests between two of them, by as long
+//! as restarts are counted towards its quarantine. Whoever knows a request that panics could end the server otherwise.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::settings::Escalation;
+
+/// What generations of one slot hand on to the next.
+#[derive(Clone, Default)]
+pub(crate) struct Escalated(Arc<Mutex<Option<Instant>>>);
+
+impl Escalated {
+    /// True unless it was true less than `rest` ago.
+    fn again(&self, now: Instant, rest: Duration) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let rested = last.is_none_or(|last| now.saturating_duration_since(last) >= rest);
+        if rested {
+            *last = Some(now);
+        }
+        rested
+    }
+}
 
 /// A sliding window over one executor's contained panics, exact: it keeps the time of each, `panics_max` of them at most.
 pub(crate) struct Escalator {
     escalation: Option<Escalation>,
     times: VecDeque<Instant>,
+    rest: Duration,
+    before: Escalated,
 }
 
 impl Escalator {
-    pub(crate) fn new(escalation: Option<Escalation>) -> Self {
-        Self { escalation, times: VecDeque::new() }
+    pub(crate) fn new(escalation: Option<Escalation>, rest: Duration, before: Escalated) -> Self {
+        Self { escalation, times: VecDeque::new(), rest, before }
     }
 
-    /// Counts a panic; true when it is one too many. Times are not to go backwards; those that do count as now.
+    /// Counts a panic; true when it is one too many, and a restart may help. Times are not to go backwards; those that do count as now.
     pub(crate) fn note(&mut self, now: Instant) -> bool {
         let Some(escalation) = self.escalation else { return false };
         while self.times.front().is_some_and(|time| now.saturating_duration_since(*time) >= escalation.within) {
@@ -26,7 +49,7 @@ impl Escalator {
         if !too_many {
             self.times.push_back(now);
         }
-        too_many
+        too_many && self.before.again(now, self.rest)
     }
 }
 
@@ -37,7 +60,8 @@ mod tests {
     use super::*;
 
     fn escalator(panics_max: u32, seconds: u64) -> Escalator {
-        Escalator::new(Some(Escalation::after(panics_max, Duration::from_secs(seconds))))
+        let escalation = Escalation::after(panics_max, Duration::from_secs(seconds));
+        Escalator::new(Some(escalation), Duration::ZERO, Escalated::default())
     }
 
     #[test]
@@ -73,7 +97,20 @@ mod tests {
     fn none_allowed_is_the_first_and_no_escalation_is_never() {
         let now = Instant::now();
         assert!(escalator(0, 10).note(now));
-        let mut never = Escalator::new(None);
+        let mut never = Escalator::new(None, Duration::ZERO, Escalated::default());
         assert!((0..10_000).all(|_| !never.note(now)));
+    }
+
+    #[test]
+    fn a_slot_rests_between_two() {
+        let (start, rest, slot) = (Instant::now(), Duration::from_secs(30), Escalated::default());
+        let generation = || Escalator::new(Some(Escalation::after(3, rest)), rest, slot.clone());
+        let escalates =
+            |escalator: &mut Escalator, second| (0..4).any(|_| escalator.note(start + Duration::from_secs(second)));
+        assert!(escalates(&mut generation(), 0));
+        let mut next = generation();
+        assert!((1..30).all(|second| !escalates(&mut next, second)), "a restart has not helped");
+        assert!(escalates(&mut next, 30));
+        assert!(!escalates(&mut generation(), 31));
     }
 }

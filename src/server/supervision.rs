@@ -97,8 +97,8 @@ impl Builder {
 
     /// How many contained panics restart their executor after all. Default: more than 100 in 10 s; `None` is never.
     ///
-    /// A request that panics each time lets whoever sends it restart executors, and five restarts in 30 s quarantine a
-    /// slot ([`RestartPolicy`]). `None` where that is worse than an executor whose state is broken.
+    /// A request that panics each time lets whoever sends it restart each executor once in
+    /// [`RestartPolicy::quarantine_window`]. `None` where that is worse than an executor whose state is broken.
     ///
     /// ```
     /// use std::time::Duration;

@@ -34,7 +34,11 @@ pub(crate) struct Handover {
     notifier: Option<Notifier>,
     status_due: Instant,
     reload: Option<Reload>,
-    reloading: bool,
+    reloading: Reloading,
+    /// The start is over.
+    serves: bool,
+    /// A stop has been ordered.
+    stopping: bool,
     /// Who has asked for an upgrade and has no answer yet, the oldest first; `None` for a signal.
     orders: VecDeque<Option<Promise<u32>>>,
     successor: Option<(u32, Progress)>,
@@ -42,6 +46,14 @@ pub(crate) struct Handover {
     is_over: bool,
     /// Why the last successor came to nothing.
     failure: Option<String>,
+}
+
+/// How far a reload is.
+#[derive(Default)]
+struct Reloading {
+    runs: bool,
+    /// It was asked for once more, or too early.
+    again: bool,
 }
 
 /// How far a successor is.
@@ -67,7 +79,9 @@ impl Handover {
             notifier,
             status_due: Instant::now(),
             reload,
-            reloading: false,
+            reloading: Reloading::default(),
+            serves: false,
+            stopping: false,
             orders: VecDeque::new(),
             successor: None,
             is_over: false,
@@ -106,6 +120,7 @@ impl Handover {
 
     /// The server was told to stop.
     pub(super) fn stopping(&mut self) {
+        self.stopping = true;
         if let Some(notifier) = &mut self.notifier {
             notifier.stopping();
         }
@@ -206,6 +221,8 @@ impl Supervisor {
     pub(super) fn announce_start(&mut self) {
         self.handover.started(self.shared.post.clone());
         self.store_listeners();
+        self.handover.serves = true;
+        self.reload_again();
     }
 
     /// The old process has acted upon our being ready: this one is the service's main process.
@@ -262,10 +279,20 @@ impl Supervisor {
 /// A reload.
 impl Supervisor {
     pub(super) fn reload_asked(&mut self) {
-        let Some(reload) = self.handover.reload.clone().filter(|_| !self.handover.reloading) else {
-            tracing::info!("a reload is under way");
+        // What the service manager is told of a reload ends in READY, which is not true before or after.
+        if self.handover.stopping {
+            tracing::info!("not reloaded: the server is stopping");
             return;
-        };
+        }
+        if !self.handover.serves || self.handover.reloading.runs {
+            tracing::info!(
+                "a reload follows when the {} is over",
+                if self.handover.serves { "one under way" } else { "start" }
+            );
+            self.handover.reloading.again = true;
+            return;
+        }
+        let Some(reload) = self.handover.reload.clone() else { return };
         if let Some(notifier) = &mut self.handover.notifier {
             notifier.reloading();
         }
@@ -274,16 +301,24 @@ impl Supervisor {
         // On a thread of its own: reading files may take long.
         let run = move || post.send(Message::Reloaded(reload()));
         match std::thread::Builder::new().name("reload".to_owned()).spawn(run) {
-            Ok(_) => self.handover.reloading = true,
+            Ok(_) => self.handover.reloading.runs = true,
             Err(error) => self.reloaded(&[format!("starting a thread for the reload: {error}")]),
         }
     }
 
     pub(super) fn reloaded(&mut self, lines: &[String]) {
-        self.handover.reloading = false;
+        self.handover.reloading.runs = false;
         lines.iter().for_each(|line| tracing::info!("reload: {line}"));
-        if let Some(notifier) = &mut self.handover.notifier {
+        if let Some(notifier) = self.handover.notifier.as_mut().filter(|_| !self.handover.stopping) {
             notifier.ready();
+        }
+        self.reload_again();
+    }
+
+    /// For what has changed since the reload that was under way began to read.
+    fn reload_again(&mut self) {
+        if std::mem::take(&mut self.handover.reloading.again) {
+            self.reload_asked();
         }
     }
 }

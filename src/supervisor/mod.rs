@@ -78,6 +78,8 @@ struct Supervisor {
     ending: Vec<Ending>,
     steer: Steer,
     rescue: Rescue,
+    /// The slots of which the policy says that nobody accepts there.
+    left_alone: Vec<u16>,
     watchdog: Watchdog,
     scribe: Scribe,
     scaling: Option<Sampling>,
@@ -128,6 +130,7 @@ pub(crate) fn start(
         ending: Vec::new(),
         steer: Steer::new(table, supervision.stale_after),
         rescue: Rescue::default(),
+        left_alone: Vec::new(),
         shared,
         starting: Some(promise),
         scale_orders: VecDeque::new(),
@@ -302,6 +305,7 @@ impl Supervisor {
         let latest = self.policy.slots().nth(usize::from(slot)).map(|status| u64::from(status.generation));
         if latest == Some(generation) {
             self.steer.set_full(slot, full, &self.seats);
+            self.arm_rescue();
         }
     }
 
@@ -368,10 +372,11 @@ impl Supervisor {
             }
             Action::SetActive(slots) => {
                 self.steer.set_active(slots, &self.seats);
+                self.arm_rescue();
             }
             Action::Rescue(slots) => {
-                self.rescue.set(slots, &self.seats);
-                self.rescue();
+                self.left_alone = slots;
+                self.arm_rescue();
             }
             Action::Reattach => self.steer.reattach(&self.seats),
             Action::CloseListeners => self.let_go_of_listeners(),
@@ -488,6 +493,7 @@ impl Supervisor {
         seat.inbox.order(SlotOrder::Quit);
         self.watchdog.forget(slot);
         self.steer.set_full(slot, false, &self.seats);
+        self.arm_rescue();
     }
 
     /// Ends the connections of an executor from outside, so that its clients do not wait for it; how many there were.
@@ -500,6 +506,15 @@ impl Supervisor {
         self.left_behind.insert((slot, thread), seat);
         self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
         connections
+    }
+
+    /// Where connections wait for nobody: in the queues of the slots that the policy names, and of those that are full while
+    /// others are not. New ones go elsewhere by then, but a burst is faster.
+    fn arm_rescue(&mut self) {
+        let waiting = self.left_alone.iter().copied().chain(self.steer.overflowing());
+        if self.rescue.set(waiting, &self.seats) {
+            self.rescue();
+        }
     }
 
     fn rescue(&mut self) {
@@ -527,8 +542,9 @@ impl Supervisor {
     fn let_go_of_listeners(&mut self) {
         // What waits where nobody accepts goes to those that are about to drain.
         self.rescue();
-        self.rescue.set([], &self.seats);
+        self.left_alone.clear();
         self.steer.end();
+        self.arm_rescue();
         self.seats.iter().for_each(|seat| seat.release_listeners());
         self.former_seats().for_each(|seat| seat.release_listeners());
     }

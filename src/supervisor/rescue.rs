@@ -1,4 +1,4 @@
-//! Rescue: the connections that wait in the queues of slots that cannot accept are accepted here and handed to executors
+//! Rescue: the connections that wait in the queues of slots that cannot accept, or have no room, are accepted here and handed to executors
 //! that can. Nothing is served here, and nothing is taken that an executor would accept itself.
 
 use std::collections::BTreeSet;
@@ -28,10 +28,11 @@ pub(super) struct Rescue {
 }
 
 impl Rescue {
-    /// Empties the queues of these slots from now on, and of no others.
-    pub(super) fn set(&mut self, slots: impl IntoIterator<Item = u16>, seats: &[Arc<SlotSeat>]) {
+    /// Empties the queues of these slots from now on, and of no others. Whether there are any.
+    pub(super) fn set(&mut self, slots: impl IntoIterator<Item = u16>, seats: &[Arc<SlotSeat>]) -> bool {
         self.slots = slots.into_iter().collect();
         self.listeners = self.seats(seats).filter_map(|seat| seat.listeners()).collect();
+        !self.slots.is_empty()
     }
 
     pub(super) fn is_empty(&self) -> bool {

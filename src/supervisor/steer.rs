@@ -55,6 +55,13 @@ impl Steer {
         if with_room.is_empty() { self.active.clone() } else { with_room }
     }
 
+    /// The slots that have no room while others have: what is in their queues would be closed.
+    pub(super) fn overflowing(&self) -> Vec<u16> {
+        let is_full = |slot: &u16| self.full.contains(slot);
+        let room = self.table.is_some() && !self.active.iter().all(is_full);
+        if room { self.active.iter().copied().filter(is_full).collect() } else { Vec::new() }
+    }
+
     /// Puts the table in force again, which another process may have replaced by its own.
     pub(super) fn reattach(&mut self, seats: &[Arc<SlotSeat>]) {
         if let Some(table) = &mut self.table {

@@ -47,3 +47,17 @@ fn when_every_executor_is_full_more_are_closed_with_a_count_until_there_is_room(
     clients.truncate(EACH as usize);
     eventually("there is room again", || connect(&site).is_some());
 }
+
+/// Chance gives some executors more of them than they have places for, faster than the supervisor can steer them elsewhere.
+#[test]
+fn a_burst_that_is_dealt_unevenly_finds_the_places_that_there_are() {
+    let site = site();
+    let burst = EXECUTORS * EACH as usize;
+    let mut clients: Vec<Client> = (0..burst).map(|_| site.connect()).collect();
+    clients.iter_mut().for_each(|client| client.ask("/"));
+    for client in &mut clients {
+        assert_eq!(client.answer().status, 200, "{:?}", site.stats());
+    }
+    let shed: u64 = site.stats().executors.iter().map(|executor| executor.shed).sum();
+    assert_eq!(shed, 0);
+}
