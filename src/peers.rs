@@ -34,8 +34,8 @@ use call::{Exchange, Promise};
 /// Sending never blocks and never waits: [`PeerError::Full`] and [`PeerError::Down`] are known at once. A slot whose
 /// executor is starting takes messages, which run as soon as its [sharded](crate::Builder::sharded) state is built, before
 /// its start-up closure is done; so start-up closures may call each other. One that drains takes messages until it ends, and
-/// answers the calls it has before it does, within the drain's deadline. When a whole server drains, an executor without
-/// connections may end sooner than another one that would still call it.
+/// answers the calls it has before it does, within the drain's deadline. When a whole server drains, those that have
+/// finished wait until all have, since a request of another one may need them.
 ///
 /// # Owners
 /// [`Peers::owner_of`] gives each key to one of the slots that are in use ([`Peers::iter`]), by rendezvous hashing, seeded by

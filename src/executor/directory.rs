@@ -8,7 +8,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
 
 use super::inbox::{Inbox, Job, Posted, Refusal};
@@ -30,6 +30,21 @@ pub(crate) struct Directory {
     rows: OnceLock<Rows>,
     /// Chosen by chance, so that nobody can send keys that all have the same owner.
     hasher: RandomState,
+    /// How many generations may still have something to ask of others.
+    at_work: AtomicUsize,
+}
+
+/// A generation that may still have something to ask of others, until this is dropped.
+pub(crate) struct AtWork(Arc<Directory>);
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        if self.0.at_work.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let count = self.0.rows.get().map_or(0, |rows| rows.inboxes.len());
+            // For them to look: they wait for this. One whose inbox is full is awake.
+            (0..count as u16).for_each(|slot| drop(self.0.post(slot, Job::Closure(Box::new(|_| {})))));
+        }
+    }
 }
 
 impl Directory {
@@ -43,6 +58,17 @@ impl Directory {
     /// Another executor, with another inbox, has taken the place of the slot's.
     pub(crate) fn seat(&self, slot: u16, inbox: &Arc<Inbox>) {
         self.replace(slot, Some(Arc::clone(inbox)));
+    }
+
+    /// A generation begins, and asks others whatever it likes.
+    pub(crate) fn at_work(self: &Arc<Self>) -> AtWork {
+        self.at_work.fetch_add(1, Ordering::Relaxed);
+        AtWork(Arc::clone(self))
+    }
+
+    /// Whether nobody will ask anybody any more. When it comes to that, everybody is sent an empty message.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.at_work.load(Ordering::Acquire) == 0
     }
 
     /// The server has ended.

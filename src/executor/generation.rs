@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::accept::Acceptor;
 use super::core::{Core, Failure, Scene};
+use super::directory::AtWork;
 use super::inbox::{Handed, Order};
 use super::park::Park;
 use super::queues;
@@ -68,6 +69,10 @@ struct Generation {
     connect: Rc<RefCell<Option<Rc<dyn Connect>>>>,
     arrivals: Arrivals,
     ended: Option<Ended>,
+    /// Until it has finished in the drain of a whole server.
+    at_work: Option<AtWork>,
+    /// Whether it has to wait for the others to finish as well: they may ask it, and whole servers drain for nobody else.
+    waits_for_others: bool,
     handed_over: Instant,
     /// Whether anything but a tick came since the last sleep.
     active: bool,
@@ -108,6 +113,8 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         connect,
         arrivals: Arrivals::default(),
         ended: None,
+        at_work: Some(core.directory.at_work()),
+        waits_for_others: false,
         handed_over: Instant::now(),
         active: true,
         parked: false,
@@ -358,6 +365,8 @@ impl Generation {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Drain { deadline, accept_rest, patient } => {
+                // Scaled down, its keys are others' already.
+                self.waits_for_others = accept_rest;
                 self.release_listeners(accept_rest);
                 self.core.drain(deadline, if patient { DRAIN_PATIENCE } else { Duration::ZERO });
             }
@@ -464,7 +473,11 @@ impl Generation {
             self.ended = Some(Ended::Failed(failure.clone()));
         } else if let (None, Some(deadline)) = (&self.ended, self.core.draining()) {
             let finished = self.core.cells.open.get() == 0 && !self.owes_answers();
-            if finished || self.core.now() >= deadline {
+            if finished && self.waits_for_others {
+                self.at_work = None;
+            }
+            let alone = !self.waits_for_others || self.core.directory.is_quiet();
+            if (finished && alone) || self.core.now() >= deadline {
                 self.ended = Some(Ended::Drained { in_time: finished });
             }
         }

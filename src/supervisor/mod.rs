@@ -186,11 +186,20 @@ impl Supervisor {
         ];
         let timeout = due.into_iter().flatten().min().map(|due| due.saturating_duration_since(Instant::now()));
         let waited: Vec<_> = [inbox.as_fd()].into_iter().chain(self.rescue.listeners()).collect();
+        let before = Instant::now();
         let ready = wait_readable(&waited, timeout).unwrap_or_else(|error| {
             tracing::error!(%error, "the supervisor cannot wait; it looks again in 10 ms");
             std::thread::sleep(RESCUE_AGAIN);
             Vec::new()
         });
+        let late = timeout.map_or(Duration::ZERO, |timeout| before.elapsed().saturating_sub(timeout));
+        if late >= policy::LATE_TICK {
+            let late_ms = late.as_millis() as u64;
+            tracing::warn!(
+                late_ms,
+                "this process stood still: stopped by a signal, a machine that was paused, or no CPU"
+            );
+        }
         if ready.first() == Some(&0) {
             inbox.answer_bell();
         }

@@ -94,7 +94,7 @@ const FAULTS: &[Fault] = &[
         costs: true,
         said: &["io_uring"],
     },
-    Fault { name: "SIGSTOP and SIGCONT", act: Act::Stop, ..NONE },
+    Fault { name: "SIGSTOP and SIGCONT", act: Act::Stop, said: &["stood still"], ..NONE },
     Fault { name: "no CPU for one executor", act: Act::Hog, ..NONE },
     Fault {
         name: "prlimit --nofile in flight",
@@ -110,7 +110,8 @@ const FAULTS: &[Fault] = &[
 const RINGS_AT_START: usize = 5;
 /// A fault is in force for this long, and the calm after it is as long.
 const PHASE: Duration = Duration::from_secs(2);
-const STOPPED: Duration = Duration::from_millis(500);
+/// Longer than what the log takes for a busy machine.
+const STOPPED: Duration = Duration::from_millis(1500);
 
 pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     let mut verdicts = Verdicts::default();
