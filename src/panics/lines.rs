@@ -1,4 +1,5 @@
-//! Which panics get a line in the log of their own. Pure: the time is an argument, and nothing is written here.
+//! Which panics get a line in the log of their own. Pure: the time is an argument, and nothing is written here. Whatever
+//! else may happen often is bounded by it, too ([`Lines::every`]).
 //!
 //! Each site (a place in the source) has a few lines at once and then one per second, which says how many it stands for.
 //! The count that is left when a storm ends comes out by itself: somebody asks [`Lines::take_due`] every now and then.
@@ -17,9 +18,15 @@ const SITES_MAX: usize = 32;
 const OTHERS: &str = "other places";
 
 /// The sites of one executor.
-#[derive(Default)]
 pub(crate) struct Lines {
     sites: Vec<Site>,
+    interval: Duration,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self::every(INTERVAL)
+    }
 }
 
 struct Site {
@@ -47,10 +54,16 @@ impl fmt::Display for More {
 }
 
 impl Lines {
+    /// A few lines of each site at once, then one for each `interval`, which is longer than nothing.
+    pub(crate) fn every(interval: Duration) -> Self {
+        Self { sites: Vec::new(), interval }
+    }
+
     /// A panic at `site`: `Some` when it gets a line, with how many before it got none.
     pub(crate) fn note(&mut self, site: &str, now: Instant) -> Option<Option<More>> {
+        let interval = self.interval;
         let site = self.site(site, now);
-        site.refill(now);
+        site.refill(now, interval);
         if site.left == 0 {
             site.suppressed += 1;
             return None;
@@ -63,12 +76,13 @@ impl Lines {
 
     /// When [`Lines::take_due`] has something, if nothing happens before.
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.sites.iter().filter(|site| site.suppressed > 0).map(|site| site.said + INTERVAL).min()
+        self.sites.iter().filter(|site| site.suppressed > 0).map(|site| site.said + self.interval).min()
     }
 
     /// The counts that no line has come to tell.
     pub(crate) fn take_due(&mut self, now: Instant) -> Vec<(String, More)> {
-        self.take_if(now, |site| now.saturating_duration_since(site.said) >= INTERVAL)
+        let interval = self.interval;
+        self.take_if(now, |site| now.saturating_duration_since(site.said) >= interval)
     }
 
     /// All counts there are: nobody will ask again.
@@ -94,7 +108,7 @@ impl Lines {
         }
         if self.sites.len() >= SITES_MAX {
             // Those that have been quiet for so long that they are as good as new.
-            self.sites.iter_mut().for_each(|site| site.refill(now));
+            self.sites.iter_mut().for_each(|site| site.refill(now, self.interval));
             self.sites.retain(|site| site.suppressed > 0 || site.left < BURST);
         }
         let name = if self.sites.len() < SITES_MAX { name } else { OTHERS };
@@ -108,14 +122,14 @@ impl Lines {
 }
 
 impl Site {
-    fn refill(&mut self, now: Instant) {
-        let intervals = now.saturating_duration_since(self.counted).as_secs() / INTERVAL.as_secs();
+    fn refill(&mut self, now: Instant, interval: Duration) {
+        let intervals = now.saturating_duration_since(self.counted).as_nanos() / interval.as_nanos().max(1);
         let intervals = u32::try_from(intervals).unwrap_or(u32::MAX);
         self.left = self.left.saturating_add(intervals).min(BURST);
         if self.left == BURST {
             self.counted = self.counted.max(now);
         } else {
-            self.counted += INTERVAL * intervals;
+            self.counted += interval * intervals;
         }
     }
 
@@ -185,6 +199,16 @@ mod tests {
         // Those that have long been quiet make room.
         assert_eq!(lines.note("new", start + Duration::from_secs(60)), Some(None));
         assert_eq!(lines.sites.len(), 1);
+    }
+
+    #[test]
+    fn the_time_between_two_lines_may_be_another() {
+        let (start, mut lines) = (Instant::now(), Lines::every(ms(10_000)));
+        let said: Vec<u64> = (0..30).filter(|s| lines.note("here", start + ms(s * 1000)).is_some()).collect();
+        assert_eq!(said, [0, 1, 2, 3, 4, 10, 20]);
+        assert_eq!(lines.due(), Some(start + ms(30_000)));
+        assert!(lines.take_due(start + ms(29_999)).is_empty());
+        assert_eq!(lines.take_due(start + ms(30_000))[0].1, More { count: 9, over: ms(10_000) });
     }
 
     #[test]

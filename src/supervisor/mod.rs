@@ -6,6 +6,7 @@ mod backtrace;
 mod exit;
 mod fall;
 pub(crate) mod handover;
+mod late;
 mod load;
 pub(crate) mod policy;
 pub(crate) mod post;
@@ -439,6 +440,8 @@ impl Supervisor {
             }
         }
         self.seat(slot).inbox.order(SlotOrder::Start(u64::from(generation)));
+        // It has not parked, so it does not tell that it is up.
+        self.watchdog.look_soon();
     }
 
     /// Sees to it that nobody sits in the slot's seat: one that was left behind keeps the seat it has.

@@ -6,23 +6,53 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backtrace::Reporter;
-use super::policy::{Event, FAR, SlotState, SlotStatus};
+use super::late::{Late, Stage};
+use super::policy::{Event, FAR, SlotStatus};
 use super::watch::{Reading, Verdict, Watch};
 use crate::executor::lookout::Lookout;
 use crate::executor::slot::SlotSeat;
 use crate::sys::procfs;
 
-/// Looks at the heartbeat of every executor that serves.
+/// How long a start-up closure may keep its thread without a word in the log: to read a file, say. Nobody waits for its
+/// executor, and it has a time limit of its own, which cannot end one that blocks.
+const START_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Looks at the heartbeat of every executor that has a generation.
 pub(super) struct Watchdog {
     limit: Duration,
-    watches: HashMap<u16, (Watch, Told)>,
+    watches: HashMap<u16, Watched>,
     next: Option<Instant>,
     lookout: Arc<Lookout>,
+    late: Late,
     /// `None` if it was not asked for, or cannot be.
     reporter: Option<Reporter>,
 }
 
-/// What the policy has been told.
+/// A generation, while it starts, or from then on.
+struct Watched {
+    generation: u32,
+    starts: bool,
+    watch: Watch,
+    told: Told,
+    /// Whether the log was told as well.
+    said: bool,
+}
+
+impl Watched {
+    /// What is known of this generation, while it is at this.
+    fn of(all: &mut HashMap<u16, Self>, limit: Duration, slot: u16, generation: u32, stage: Stage) -> &mut Self {
+        let starts = stage == Stage::Starts;
+        let limit = if starts { limit.max(START_PATIENCE) } else { limit };
+        let fresh = || Self { generation, starts, watch: Watch::new(limit), told: Told::Healthy, said: false };
+        let watched = all.entry(slot).or_insert_with(fresh);
+        if (watched.generation, watched.starts) != (generation, starts) {
+            *watched = fresh();
+        }
+        watched
+    }
+}
+
+/// What the policy has been told, if the executor serves.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Told {
     #[default]
@@ -39,7 +69,7 @@ impl Watchdog {
         });
         // Three times of it are reckoned with.
         let limit = limit.min(FAR);
-        Self { limit, watches: HashMap::new(), next: None, lookout, reporter }
+        Self { limit, watches: HashMap::new(), next: None, lookout, late: Late::default(), reporter }
     }
 
     /// When to look again; `None` is at once.
@@ -72,9 +102,9 @@ impl Watchdog {
         let mut events = Vec::new();
         let mut watched = Vec::new();
         for status in slots {
-            if matches!(status.state, SlotState::Ready | SlotState::Stalled | SlotState::Starved) {
+            if let Some(stage) = Stage::of(status.state) {
                 let seat = &seats[usize::from(status.slot)];
-                let (event, again) = self.look_at(seat, status, now);
+                let (event, again) = self.look_at(seat, status, stage, now);
                 events.extend(event);
                 next = next.min(again);
                 watched.push(&seat.presence);
@@ -82,52 +112,57 @@ impl Watchdog {
                 self.watches.remove(&status.slot);
             }
         }
-        let calm = self.watches.values().all(|(_, told)| *told == Told::Healthy);
-        // While nobody has anything to do, or nobody serves, there is nobody to be late.
+        self.late.say_due(now);
+        let calm = self.watches.values().all(|watched| watched.told == Told::Healthy);
+        // While nobody has anything to do, or there is nobody, nobody is late.
         let doze = calm && self.lookout.doze(watched.into_iter());
-        self.next = Some(if doze { now + FAR } else { next });
+        let next = if doze { now + FAR } else { next };
+        self.next = Some(self.late.due().map_or(next, |due| next.min(due)));
         events
     }
 
     /// What there is to tell of one executor, and when to look at it again.
-    fn look_at(&mut self, seat: &SlotSeat, status: SlotStatus, now: Instant) -> (Option<Event>, Instant) {
+    fn look_at(&mut self, seat: &SlotSeat, status: SlotStatus, stage: Stage, now: Instant) -> (Option<Event>, Instant) {
         let (slot, generation) = (status.slot, status.generation);
-        let (watch, told) = self.watches.entry(slot).or_insert_with(|| (Watch::new(self.limit), Told::Healthy));
+        let watched = Watched::of(&mut self.watches, self.limit, slot, generation, stage);
         // Without a thread there is nobody to be late.
         let (Some(thread), Some(cpu)) = (seat.thread(), seat.cpu_time()) else { return (None, now + self.limit) };
         let reading = Reading { now, busy: seat.heartbeat.busy_for(now), cpu };
-        let verdict = watch.look(reading, || procfs::scheduling(thread.number()));
-        let again = watch.next_look(now);
-        let before = *told;
-        *told = match verdict {
+        let verdict = watched.watch.look(reading, || procfs::scheduling(thread.number()));
+        let again = watched.watch.next_look(now);
+        let before = watched.told;
+        watched.told = match verdict {
             // The verdict on a turn that was late stays until its end.
             Verdict::Healthy => before,
             Verdict::Recovered { .. } => Told::Healthy,
             Verdict::Stalled { .. } => Told::Stalled,
             Verdict::Starved { .. } => Told::Starved,
         };
-        if *told == before {
+        if watched.told == before {
             return (None, again);
         }
         let event = match verdict {
             Verdict::Healthy | Verdict::Recovered { .. } => {
-                tracing::info!(slot, generation, "the executor has come back");
+                if watched.said {
+                    tracing::info!(slot, generation, "the executor has come back");
+                }
+                watched.said = false;
                 Event::Recovered { slot, generation }
             }
             Verdict::Stalled { own } => {
-                let busy_ms = own.as_millis() as u64;
-                tracing::warn!(slot, generation, busy_ms, "an executor is stalled: new connections go elsewhere");
-                if let Some(reporter) = &mut self.reporter {
+                let said = self.late.say_stalled(slot, generation, stage, own, now);
+                watched.said |= said;
+                if let Some(reporter) = self.reporter.as_mut().filter(|_| said) {
                     reporter.report(slot, generation, thread);
                 }
                 Event::Stalled { slot, generation }
             }
             Verdict::Starved { busy } => {
-                let busy_ms = busy.as_millis() as u64;
-                tracing::warn!(slot, generation, busy_ms, "an executor gets no CPU: new connections go elsewhere");
+                watched.said |= self.late.say_starved(slot, generation, stage, busy, now);
                 Event::Starved { slot, generation }
             }
         };
-        (Some(event), again)
+        // One that starts or ends has a limit for that.
+        (Some(event).filter(|_| stage == Stage::Serves), again)
     }
 }

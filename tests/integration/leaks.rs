@@ -3,12 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::Command;
 use std::time::Duration;
 
 use ringleader::{Shard, Stop};
 
-use crate::support::{Client, Process, Site, echo, eventually, heap, local, settle, spawn};
+use crate::support::{Client, Site, alone, echo, eventually, heap, local, settle, spawn};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -70,20 +69,6 @@ fn connections_leave_nothing_behind() {
     eventually("all descriptors are closed", || server.descriptors() == idle);
     let later = server.rss_bytes();
     assert!(later < rss + 4 * MIB, "{rss} bytes have become {later}");
-}
-
-/// Set in the process that [`alone`] starts.
-const ALONE: &str = "RINGLEADER_TEST_ALONE";
-
-/// Whether this is a process of its own for the test of this name; otherwise one is made, and has passed.
-fn alone(name: &str) -> bool {
-    if std::env::var_os(ALONE).is_some() {
-        return true;
-    }
-    let itself = std::env::current_exe().expect("it is running");
-    let child = Process::of(Command::new(itself).args([name, "--exact", "--nocapture"]).env(ALONE, "1"));
-    child.wait().expect(0, &["1 passed"]);
-    false
 }
 
 /// Starts a server with so many executors, has it answer, and stops it.

@@ -1,12 +1,12 @@
 //! An executor whose handler does not give the thread back: who is served meanwhile, and by whom.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 
 use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Stop, service_fn};
 
-use crate::support::{BOUND, Client, Site, eventually, local, settle, spawn};
+use crate::support::{BOUND, Client, Site, alone, eventually, local, settle, spawn};
 
 /// What `/block` waits for, with its thread: this is the stall.
 #[derive(Clone, Default)]
@@ -247,4 +247,65 @@ fn nobody_looks_at_a_server_with_nothing_to_do_and_a_stall_after_that_is_found()
     // Stalled, or on a machine that is busy without a CPU.
     server.wait_for_line("new connections go elsewhere");
     server.wait_for_line("the executor has come back");
+}
+
+/// What hangs in a drain has the drain's deadline: it is neither replaced nor cut off before, but the log says what it does.
+#[test]
+fn a_handler_that_hangs_in_a_drain_is_told_of_and_waited_for() {
+    let limits = ["--stall-limit", "1500", "--hang-timeout", "2"];
+    let mut server = spawn(&[], &[&["--executors", "1", "--chaos"], &limits[..]].concat());
+    let mut client = server.connect();
+    assert_eq!(client.get("/").status, 200);
+    client.ask("/chaos/block?ms=7000");
+    server.signal(libc::SIGTERM);
+    server.wait_for_line("draining");
+    server.wait_for_line("an executor that drains is stalled");
+    server.wait_for_line("what the stalled executor is doing");
+    assert_eq!(client.answer().status, 200);
+    let ended = server.wait();
+    ended.expect(0, &["drained=true"]);
+    assert!(!ended.printed.contains("replaced"), "{}", ended.printed);
+}
+
+#[test]
+fn a_start_up_that_keeps_its_thread_is_told_of() {
+    if !alone("stalls::a_start_up_that_keeps_its_thread_is_told_of") {
+        return;
+    }
+    let (release, released) = mpsc::channel::<()>();
+    let released = Mutex::new(released);
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let log = tracing_subscriber::fmt().with_writer(Log(Arc::clone(&said))).with_ansi(false).finish();
+    tracing::subscriber::set_global_default(log).expect("it is the first");
+    let server = local(1).stall_backtraces(true).serve(async move |_| {
+        let _ = released.lock().expect("nobody panics with it").recv();
+        Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
+    });
+    let started = server.start();
+    let has = |text: &str| String::from_utf8_lossy(&said.lock().expect("nobody panics with it")).contains(text);
+    eventually("the log says so", || has("an executor's start-up keeps its thread"));
+    eventually("and what it is doing", || has("what the stalled executor is doing"));
+    drop(release);
+    drop(settle(started).expect("it starts when it is let"));
+}
+
+/// What is logged, to be looked at.
+#[derive(Clone)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl tracing_subscriber::fmt::MakeWriter<'_> for Log {
+    type Writer = Self;
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }

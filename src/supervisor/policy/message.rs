@@ -21,7 +21,8 @@ pub enum Event {
     /// descriptors, memory or threads to give.
     ThreadRefused { slot: u16, thread: u32 },
     /// The executor has been busy with one turn for longer than [`Config::stall_limit`], and its thread has used that
-    /// much CPU. Counts for a generation that serves; a start that takes long has a limit of its own.
+    /// much CPU. Counts for a generation that serves; a start that takes long has a limit of its own, and so have a drain
+    /// and a stop: nobody waits for what would come after.
     Stalled { slot: u16, generation: u32 },
     /// It has been busy for as long, but its thread got no CPU: stopped by a signal, throttled, or crowded out. It gets no
     /// new connections either, but is never replaced, and does not make the server not ready: what throttles one

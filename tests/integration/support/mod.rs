@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 
 pub use body::{Check, Pattern, pattern};
 pub use client::Client;
-pub use process::{Process, run, spawn};
+pub use process::{Process, alone, run, spawn};
 
 /// The longest that anything awaited may take: far above what it does take on a busy machine, so that a test fails
 /// only when something hangs.

@@ -37,6 +37,21 @@ pub fn spawn(wrapper: &[&str], arguments: &[&str]) -> Process {
     Process::start(wrapper, &[&["serve"], listen, arguments].concat()).serving()
 }
 
+/// Set in the process that [`alone`] starts.
+const ALONE: &str = "RINGLEADER_TEST_ALONE";
+
+/// Whether this is a process of its own for the test of this name; otherwise one is made, and has passed.
+#[track_caller]
+pub fn alone(name: &str) -> bool {
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let itself = std::env::current_exe().expect("it is running");
+    let child = Process::of(Command::new(itself).args([name, "--exact", "--nocapture"]).env(ALONE, "1"));
+    child.wait().expect(0, &["1 passed"]);
+    false
+}
+
 /// Runs `ringleader` to its end by itself.
 pub fn run(wrapper: &[&str], arguments: &[&str]) -> Ended {
     Process::start(wrapper, arguments).wait()
