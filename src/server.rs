@@ -1,6 +1,7 @@
 //! Building and starting a server: the main path, on one page ([`Server::start`]).
 
 mod beyond;
+mod checks;
 pub(crate) mod sharded;
 mod supervision;
 
@@ -352,7 +353,7 @@ impl Builder {
         self
     }
 
-    /// Connections that may wait for an executor to accept them. Default 4096; the kernel lowers it to `somaxconn`.
+    /// Connections that may wait for an executor to accept them, 1 at least. Default 4096; the kernel lowers it to `somaxconn`.
     pub fn backlog(mut self, count: u32) -> Self {
         self.backlog = count;
         self
@@ -391,7 +392,7 @@ impl Builder {
         self
     }
 
-    /// Closures that may wait for such a thread; more fail at once. Default 1,024.
+    /// Closures that may wait for such a thread; more fail at once. Default 1,024; 0 lets none wait.
     pub fn blocking_queue_max(mut self, count: usize) -> Self {
         self.blocking_queue_max = count;
         self
@@ -456,8 +457,10 @@ impl Server {
     /// the first reason why one does not, with everything taken down again. Later failures go to the restart policy.
     ///
     /// # Errors
-    /// When the configuration cannot be, the system lacks something, an address cannot be listened on, or a start-up
-    /// closure fails, panics or takes too long. The message says what to do.
+    /// When the configuration cannot be ([`Error::is_usage`]: the message names the setting, what was given and what may
+    /// be), the system lacks something, an address cannot be listened on, or a start-up closure fails, panics or takes too
+    /// long. The message says what to do. Times and counts of 0 that could not work are refused, and never taken for
+    /// "no limit": that is `None`.
     pub fn start(self) -> Order<Running> {
         match self.try_start() {
             Ok(order) => order,
@@ -476,6 +479,7 @@ impl Server {
 
     fn start_with(self, inheritance: &mut Inheritance) -> Result<Order<Running>, Error> {
         let Self { builder, factory } = self;
+        builder.check()?;
         // On a thread of its own: the kernel takes a closed ring down a little later, and then interrupts whatever system
         // call the thread that made the ring is in (EINTR).
         let probed = thread::scope(|scope| scope.spawn(probe::io_uring).join());
@@ -544,9 +548,6 @@ impl Builder {
     fn executor_cpus(&self) -> Result<Vec<usize>, Error> {
         let available = affinity::available();
         let cpus = self.cpus.clone().unwrap_or_else(|| available.allowed.clone());
-        if cpus.is_empty() {
-            return Err(Error::new(Kind::Usage, "no CPUs were given to pin executors to: name one at least"));
-        }
         if let Some(cpu) = cpus.iter().find(|cpu| !available.allowed.contains(cpu)) {
             let message = format!(
                 "cannot pin an executor to CPU {cpu}: this process may run on {:?} only (affinity, cpuset); choose from \
@@ -556,14 +557,10 @@ impl Builder {
             return Err(Error::new(Kind::Usage, message));
         }
         let auto = if self.cpus.is_some() { cpus.len() } else { available.executors() };
-        let Executors { min, max: count } = self.executors.unwrap_or(Executors::from(auto));
-        if count == 0 || count > usize::from(steering::SLOTS_MAX) {
+        let count = self.executors.map_or(auto, |executors| executors.max);
+        if count > usize::from(steering::SLOTS_MAX) {
             let most = steering::SLOTS_MAX;
             return Err(Error::new(Kind::Usage, format!("{count} executors were asked for: give 1 to {most}")));
-        }
-        if min == 0 || min > count {
-            let message = format!("{min} to {count} executors were asked for: give a range upward, from 1 at least");
-            return Err(Error::new(Kind::Usage, message));
         }
         Ok((0..count).map(|slot| cpus[slot % cpus.len()]).collect())
     }
@@ -590,7 +587,7 @@ impl Builder {
                 limit.soft
             ));
         }
-        Ok(self.connections_max.map_or(room, |asked| asked.clamp(1, room)))
+        Ok(self.connections_max.map_or(room, |asked| asked.min(room)))
     }
 
     fn bind(

@@ -16,7 +16,7 @@ use std::time::Duration;
 #[non_exhaustive]
 pub struct HttpLimits {
     /// From the first byte of a request's head to its last. 10 s: below nginx's 60 s, since a head is small and a slow
-    /// one holds a connection. `None` is no limit.
+    /// one holds a connection. `None` is no limit, for this and the other times; 0 is refused at the start.
     pub header_timeout: Option<Duration>,
     /// Of a connection between requests, and before its first. 75 s: nginx's `keepalive_timeout`.
     pub idle_timeout: Option<Duration>,
@@ -35,7 +35,7 @@ pub struct HttpLimits {
     pub header_bytes_max: usize,
     /// Header fields of a request. 100: hyper's own default.
     pub headers_max: usize,
-    /// Bytes of a request body. 1 MiB: nginx's `client_max_body_size`. `u64::MAX` is no limit.
+    /// Bytes of a request body. 1 MiB: nginx's `client_max_body_size`. `u64::MAX` is no limit; 0 takes no body.
     pub body_bytes_max: u64,
 }
 

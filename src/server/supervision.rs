@@ -20,13 +20,13 @@ impl Builder {
         self
     }
 
-    /// The start-up closure's time. Default 30 s.
+    /// The start-up closure's time, which is some. Default 30 s.
     pub fn start_timeout(mut self, limit: Duration) -> Self {
         self.policy.start_timeout = limit;
         self
     }
 
-    /// How long a drain ordered by a signal may take. Default 30 s.
+    /// How long a drain ordered by a signal may take. Default 30 s; 0 cuts off what is in flight.
     pub fn drain_timeout(mut self, limit: Duration) -> Self {
         self.policy.drain_deadline = limit;
         self
@@ -60,7 +60,7 @@ impl Builder {
     /// How long one turn of an executor may take. Beyond it the executor is stalled: new connections go to others, and
     /// those in its queue are handed to others. Default 100 ms, at least 1 ms.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
-        self.policy.stall_limit = limit.max(Duration::from_millis(1));
+        self.policy.stall_limit = limit;
         self
     }
 

@@ -2,13 +2,15 @@
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpListener;
+use std::ops::RangeInclusive;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use ringleader::{
-    Body, BoxError, Builder, ExecutorState, Request, Response, RestartPolicy, Server, Shard, StatusCode, service_fn,
+    Body, BoxError, Builder, Escalation, ExecutorState, HangPolicy, HttpLimits, Overload, Request, Response,
+    RestartPolicy, Scaling, Server, Shard, StatusCode, service_fn,
 };
 
 use crate::support::{Client, Site, echo, eventually, expect_refusal, local, settle};
@@ -130,7 +132,10 @@ fn a_server_that_cannot_be_is_a_usage_error() {
         (Server::builder(), "address"),
         (Server::builder().listen("nonsense"), "nonsense"),
         (Server::builder().listen("127.0.0.1"), "port"),
-        (local(0), "0 executors"),
+        (local(0), "`executors` was given as 0"),
+        (Server::builder().executors(0..=4), "`executors` was given as 0"),
+        (Server::builder().executors(RangeInclusive::new(4, 2)), "4 to 2 executors"),
+        (local(9999), "9999 executors"),
         (local(1).cpus([999]), "999"),
         (local(1).cpus([]), "CPU"),
     ] {
@@ -138,6 +143,77 @@ fn a_server_that_cannot_be_is_a_usage_error() {
         assert!(error.is_usage(), "{error:?}");
         assert!(error.to_string().contains(word), "no {word:?} in: {error}");
     }
+}
+
+/// What the command's flags refuse, the library refuses as well, and does not take it for something else.
+#[test]
+fn a_setting_that_cannot_work_is_a_usage_error_that_names_it() {
+    const NO_TIME: Duration = Duration::ZERO;
+    let http = |set: fn(&mut HttpLimits)| {
+        let mut limits = HttpLimits::default();
+        set(&mut limits);
+        local(1).http_limits(limits)
+    };
+    let overload = |set: fn(&mut Overload)| {
+        let mut limits = Overload::default();
+        set(&mut limits);
+        local(1).overload(limits)
+    };
+    let scaling = |set: fn(&mut Scaling)| {
+        let mut scaling = Scaling::default();
+        set(&mut scaling);
+        local(1).executors(1..=2).scaling(scaling)
+    };
+    let mut restart = RestartPolicy::default();
+    restart.quarantine_window = NO_TIME;
+    for (builder, setting, given) in [
+        (local(1).name("a\0b"), "`name`", r"a\0b"),
+        (local(1).connections_max(0), "`connections_max`", "0"),
+        (local(1).backlog(0), "`backlog`", "0"),
+        (local(1).blocking_threads_max(0), "`blocking_threads_max`", "0"),
+        (local(1).keepalive(Some(NO_TIME)), "`keepalive`", "0ns"),
+        (local(1).user_timeout(Some(NO_TIME)), "`user_timeout`", "0ns"),
+        (http(|limits| limits.header_timeout = Some(NO_TIME)), "`HttpLimits::header_timeout`", "0ns"),
+        (http(|limits| limits.idle_timeout = Some(NO_TIME)), "`HttpLimits::idle_timeout`", "0ns"),
+        (http(|limits| limits.body_timeout = Some(NO_TIME)), "`HttpLimits::body_timeout`", "0ns"),
+        (http(|limits| limits.send_timeout = Some(NO_TIME)), "`HttpLimits::send_timeout`", "0ns"),
+        (http(|limits| limits.header_bytes_max = 8191), "`HttpLimits::header_bytes_max`", "8191"),
+        (http(|limits| limits.headers_max = 0), "`HttpLimits::headers_max`", "0"),
+        (overload(|limits| limits.in_flight_max = Some(0)), "`Overload::in_flight_max`", "0"),
+        (overload(|limits| limits.delay_max = Some(NO_TIME)), "`Overload::delay_max`", "0ns"),
+        (local(1).restart(restart), "`RestartPolicy::quarantine_window`", "0ns"),
+        (local(1).escalation(Escalation::after(3, NO_TIME)), "`Escalation::within`", "0ns"),
+        (local(1).start_timeout(NO_TIME), "`start_timeout`", "0ns"),
+        (local(1).upgrade_timeout(NO_TIME), "`upgrade_timeout`", "0ns"),
+        (local(1).stall_limit(Duration::from_micros(999)), "`stall_limit`", "999µs"),
+        (local(1).hang(HangPolicy::Replace, Some(NO_TIME)), "`hang`", "0ns"),
+        (scaling(|scaling| scaling.high = 1.5), "`Scaling::high`", "1.5"),
+        (scaling(|scaling| scaling.high = f32::NAN), "`Scaling::high`", "NaN"),
+        (scaling(|scaling| scaling.low = 0.7), "`Scaling::low`", "0.7"),
+        (scaling(|scaling| scaling.period = NO_TIME), "`Scaling::period`", "0ns"),
+        (scaling(|scaling| scaling.up_after = 0), "`Scaling::up_after`", "0"),
+        (scaling(|scaling| scaling.step_up = 0), "`Scaling::step_up`", "0"),
+        (scaling(|scaling| scaling.step_down = 0), "`Scaling::step_down`", "0"),
+    ] {
+        let error = settle(builder.serve(async |_| Ok(service_fn(echo))).start()).expect_err("it cannot be");
+        assert!(error.is_usage(), "{setting}: {error:?}");
+        let text = error.to_string();
+        assert!(text.contains(setting) && text.contains(given), "no {setting} and {given} in: {text}");
+        assert!(text.contains("least") || text.contains("give") || text.contains("has no"), "what is allowed: {text}");
+    }
+}
+
+/// Zeroes that do mean something.
+#[test]
+fn settings_of_zero_that_say_what_they_mean_are_taken() {
+    let mut limits = HttpLimits::default();
+    (limits.body_bytes_max, limits.hibernate_after) = (0, Some(Duration::ZERO));
+    let mut restart = RestartPolicy::default();
+    (restart.quarantine_after, restart.backoff_base) = (0, Duration::ZERO);
+    restart.quarantine_window = Duration::ZERO;
+    let builder = local(1).http_limits(limits).restart(restart).drain_timeout(Duration::ZERO).blocking_queue_max(0);
+    let site = Site::start(builder.serve(async |_| Ok(service_fn(echo))));
+    assert_eq!(site.connect().get("/").status, 200);
 }
 
 #[test]
