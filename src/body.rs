@@ -1,5 +1,7 @@
 //! Bodies of requests and responses.
 
+mod watch;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -15,6 +17,7 @@ use hyper::body::Incoming;
 use crate::BoxError;
 use crate::files::FileBody;
 use crate::time::Sleep;
+pub(crate) use watch::UploadWatch;
 
 /// A request's body, and the default body of a response: empty, one piece of bytes, what arrives on a connection, a file,
 /// or any [`http_body::Body`]. An empty one and one of bytes cost no allocation.
@@ -45,29 +48,17 @@ struct Upload {
     bytes_max: u64,
     timeout: Option<Duration>,
     waiting: Option<Sleep>,
+    /// A wait away from the connection's executor, where there is no timer, is noted in the watch.
+    waits_elsewhere: bool,
     /// Told when the body is dropped before its end.
-    watch: Option<Arc<UploadWatch>>,
-}
-
-/// Lets a connection know whether the body of its request was read to the end.
-#[derive(Debug, Default)]
-pub(crate) struct UploadWatch(std::sync::atomic::AtomicBool);
-
-impl UploadWatch {
-    /// A body was dropped with bytes of it still to come.
-    pub(crate) fn was_cut(&self) -> bool {
-        self.0.load(std::sync::atomic::Ordering::Relaxed)
-    }
-
-    pub(crate) fn note_cut(&self) {
-        self.0.store(true, std::sync::atomic::Ordering::Relaxed);
-    }
+    watch: Arc<UploadWatch>,
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if let (false, Some(watch)) = (self.incoming.is_end_stream(), &self.watch) {
-            watch.note_cut();
+        self.end_wait();
+        if !self.incoming.is_end_stream() {
+            self.watch.note_cut();
         }
     }
 }
@@ -105,14 +96,14 @@ impl Body {
         let inner = if incoming.is_end_stream() {
             Inner::Empty
         } else {
-            let watch = Some(Arc::clone(watch));
             Inner::Incoming(Box::new(Upload {
                 incoming,
                 bytes_left: bytes_max,
                 bytes_max,
                 timeout,
                 waiting: None,
-                watch,
+                waits_elsewhere: false,
+                watch: Arc::clone(watch),
             }))
         };
         Self { inner, connection: Some(connection) }
@@ -276,6 +267,7 @@ impl Upload {
             return self.poll_timeout(context);
         };
         self.waiting = None;
+        self.end_wait();
         let Some(frame) = frame else { return Poll::Ready(None) };
         let frame = frame.map_err(|error| BodyError(BodyErrorKind::Incoming(error)))?;
         if let Some(data) = frame.data_ref() {
@@ -292,17 +284,26 @@ impl Upload {
 
     /// Nothing has arrived: bounds the wait. The timer is made at the first wait only.
     ///
-    /// A body may be read wherever it was sent, such as by a task of tokio's; timers are an executor's. Where there is none
-    /// the wait has no bound.
+    /// A body may be read wherever it was sent, such as by a task of tokio's; timers are an executor's. There the
+    /// connection bounds the wait.
     fn poll_timeout(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(limit) = self.timeout else { return Poll::Pending };
+        let timed_out = Poll::Ready(Some(Err(BodyError(BodyErrorKind::TimedOut { limit }))));
         let waiting = self.waiting.take().filter(Sleep::is_at_home).unwrap_or_else(|| Sleep::new(limit));
         if !waiting.is_at_home() {
-            return Poll::Pending;
+            self.waits_elsewhere = true;
+            return if self.watch.wait(context.waker()) { timed_out } else { Poll::Pending };
         }
+        self.end_wait();
         match Pin::new(self.waiting.insert(waiting)).poll(context) {
-            Poll::Ready(()) => Poll::Ready(Some(Err(BodyError(BodyErrorKind::TimedOut { limit })))),
+            Poll::Ready(()) => timed_out,
             Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn end_wait(&mut self) {
+        if std::mem::take(&mut self.waits_elsewhere) {
+            self.watch.has_waited();
         }
     }
 }

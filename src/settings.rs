@@ -24,8 +24,10 @@ pub struct HttpLimits {
     /// next byte it is made anew, which costs about a tenth of a request; a client that asks more often than this keeps
     /// it. 5 s; `None` keeps it for the connection's life.
     pub hibernate_after: Option<Duration>,
-    /// Between two pieces of a request body while the handler waits for one. 60 s: nginx's `client_body_timeout`. It holds
-    /// on executors: a body that is read elsewhere, such as by a task of tokio's, waits without bound.
+    /// Between two pieces of a request body while the handler waits for one. 60 s: nginx's `client_body_timeout`. Of a body
+    /// that is read elsewhere than on its executor, such as by a task of tokio's, the connection finds out when it looks
+    /// at itself, each `hibernate_after` or minute: so much later it may be. A body that outlives its answer has the
+    /// connection's limits only.
     pub body_timeout: Option<Duration>,
     /// How long a client may take nothing of an answer that is ready for it, before its connection is reset. The kernel says
     /// that there is room again when a third of its send buffer is free, so a client that reads, but less than that in this

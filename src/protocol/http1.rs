@@ -222,13 +222,14 @@ impl Activity {
     }
 
     /// When the client will have taken too long over what it is doing, which may be to read an answer; `None` while the
-    /// server is at work.
+    /// server is at work, unless it waits for a body away from here.
     fn deadline(&self, limits: &HttpLimits) -> Option<Instant> {
         if let Some(since) = self.blocked_since.get() {
             return limits.send_timeout.map(|limit| later(since, limit));
         }
         if self.in_flight.get() > 0 {
-            return None;
+            let limit = limits.body_timeout;
+            return limit.and_then(|limit| Some(later(self.uploads.waits_since()?, limit)));
         }
         match self.head_since.get() {
             Some(since) => limits.header_timeout.map(|limit| later(since, limit)),
@@ -404,6 +405,10 @@ impl Connection {
             }
             ready!(Pin::new(&mut *timer).poll(context));
             match (&self.stage, deadline) {
+                // Its reader is told, and decides.
+                (Stage::Speaking(_), Some(deadline)) if deadline <= now && self.activity.uploads.end_wait() => {
+                    timer.reset(later(now, look_again));
+                }
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now => return self.time_out(),
                 (Stage::Speaking(_), _) if self.activity.is_asleep(&self.core.settings.http, now) => self.hibernate(),
                 // Lively, or at work: look again later.

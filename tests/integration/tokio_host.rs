@@ -5,10 +5,10 @@ use std::pin::Pin;
 use std::sync::mpsc;
 use std::task::Poll;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body::Body as _;
-use ringleader::{Body, BoxError, Request, Response, Server, Shard, Stop, service_fn};
+use ringleader::{Body, BoxError, HttpLimits, Request, Response, Server, Shard, Stop, service_fn};
 use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::support::{BOUND, Site, local};
@@ -114,6 +114,31 @@ fn a_request_body_is_read_by_a_task_of_the_runtimes() {
         client.send(&piece);
         assert_eq!(client.answer().text(), piece);
     }
+}
+
+#[test]
+fn a_body_that_stalls_is_answered_with_408_by_whomever_it_is_read() {
+    let runtime = runtime();
+    let mut limits = HttpLimits::default();
+    (limits.body_timeout, limits.hibernate_after) = (Some(Duration::from_secs(1)), Some(Duration::from_millis(50)));
+    let host = runtime.handle().clone();
+    let site = Site::start(local(1).http_limits(limits).serve(async move |_| {
+        let host = host.clone();
+        Ok(service_fn(async move |request: Request| {
+            let bytes = host.spawn(request.into_body().collect(1 << 20)).await??;
+            Ok(Response::new(Body::from(bytes)))
+        }))
+    }));
+    let mut client = site.connect();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\n");
+    client.send("hello");
+    assert_eq!(client.answer().text(), "hello");
+    let start = Instant::now();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\nhalf");
+    let answer = client.answer();
+    assert_eq!(answer.status, 408);
+    assert!(answer.closes());
+    assert!(start.elapsed() >= Duration::from_secs(1));
 }
 
 #[test]
