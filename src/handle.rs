@@ -56,6 +56,8 @@ pub struct Exit {
     pub drained: bool,
     /// Another process has taken over the addresses, and serves on.
     pub handed_over: bool,
+    /// Another process had taken over the addresses, and failed before this one had drained: nobody serves.
+    pub successor_failed: bool,
     /// Executors that failed during the drain.
     pub failed: usize,
     /// Executors that did not answer the order to stop; their threads were left behind.

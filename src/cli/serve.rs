@@ -229,6 +229,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let running = builder.serve(async move |shard: Shard| Ok(app.on(shard))).start().wait()?;
     announce(&running, arguments);
     let exit = running.join().wait()?;
+    if exit.successor_failed {
+        return Err(Failure::Failed("the process that had taken over has failed: nobody serves".to_owned()));
+    }
     if exit.abandoned > 0 {
         return Err(Failure::Failed(format!("{} executors did not answer the order to stop", exit.abandoned)));
     }

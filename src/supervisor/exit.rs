@@ -8,12 +8,13 @@ use crate::handle::Exit;
 /// What everybody is told who waits for the end.
 ///
 /// `had_started`: whether `start` has been answered already. `threads_left` did not return, beside those that the policy
-/// knows of; `abandoned_closures` still run. `failure_of` is what the last failure of a slot said.
+/// knows of; `abandoned_closures` still run. `successor_failed`: the process that has taken over has. `failure_of` is what the last failure of a slot said.
 pub(super) fn result(
     outcome: Outcome,
     had_started: bool,
     threads_left: usize,
     abandoned_closures: usize,
+    successor_failed: bool,
     failure_of: impl Fn(Option<u16>) -> Option<String>,
 ) -> Result<Exit, Error> {
     match outcome {
@@ -22,7 +23,8 @@ pub(super) fn result(
         }
         Outcome::Stopped { how, handed_over, failed, abandoned } => Ok(Exit {
             drained: how == Stopped::Drained && failed == 0,
-            handed_over,
+            handed_over: handed_over && !successor_failed,
+            successor_failed,
             failed: usize::from(failed),
             abandoned: usize::from(abandoned) + threads_left,
             abandoned_closures,

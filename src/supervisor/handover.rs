@@ -15,10 +15,13 @@ use crate::listen::{self, Inheritance};
 use crate::order::Promise;
 use crate::systemd::Notifier;
 use crate::upgrade::Group;
-use crate::upgrade::successor::{Launch, Successor, Taken};
+use crate::upgrade::successor::{Heir, Launch, Successor, Taken};
 
 /// How often the status for the service manager is looked at when nothing happens.
 const STATUS_PERIOD: Duration = Duration::from_secs(5);
+
+/// How often this process, while it drains, looks whether the one that has taken over lives.
+const HEIR_PERIOD: Duration = Duration::from_millis(250);
 
 /// What a reload does: what changed and what cannot, in sentences.
 pub(crate) type Reload = Arc<dyn Fn() -> Vec<String> + Send + Sync>;
@@ -44,6 +47,10 @@ pub(crate) struct Handover {
     successor: Option<(u32, Progress)>,
     /// Another process serves the addresses.
     is_over: bool,
+    /// That process, until it is known to have ended, and when to look.
+    heir: Option<(Heir, Instant)>,
+    /// It has ended, and not in order.
+    heir_failed: bool,
     /// Why the last successor came to nothing.
     failure: Option<String>,
 }
@@ -85,19 +92,51 @@ impl Handover {
             orders: VecDeque::new(),
             successor: None,
             is_over: false,
+            heir: None,
+            heir_failed: false,
             failure: None,
         }
     }
 
-    /// When the service manager wants to hear from us although nothing happens.
+    /// When the service manager wants to hear from us although nothing happens, or the new process is to be looked at.
     pub(super) fn due(&self) -> Option<Instant> {
-        let notifier = self.notifier.as_ref()?;
-        Some(notifier.due().map_or(self.status_due, |due| due.min(self.status_due)))
+        let heir = self.heir.as_ref().map(|(_, due)| *due);
+        let notifier = self.notifier.as_ref().map(|notifier| {
+            // What it has to hear again may be nearer.
+            notifier.due().map_or(self.status_due, |due| due.min(self.status_due))
+        });
+        heir.into_iter().chain(notifier).min()
     }
 
     /// Whether another process has taken over.
     pub(super) fn is_over(&self) -> bool {
         self.is_over
+    }
+
+    /// Whether the process that has taken over has failed since.
+    pub(super) fn heir_has_failed(&mut self) -> bool {
+        self.look_after_heir(None);
+        self.heir_failed
+    }
+
+    /// Looks whether the process that has taken over lives: at any time, or `now` if it is due. This one cannot take its
+    /// place: it has let go of the listeners, as the last to hold them.
+    fn look_after_heir(&mut self, now: Option<Instant>) {
+        let Some((heir, due)) = self.heir.as_mut().filter(|(_, due)| now.is_none_or(|now| *due <= now)) else { return };
+        *due = now.map_or(*due, |now| now + HEIR_PERIOD);
+        let Some(end) = heir.end() else { return };
+        self.heir = None;
+        self.heir_failed = !end.in_order;
+        if end.in_order {
+            // It may have handed over to another.
+            tracing::info!("the process that has taken over has {}", end.how);
+        } else {
+            tracing::error!(
+                "the process that has taken over {}: nobody serves the addresses any more, and this process, which drains, \
+                 has let go of them; start the server anew",
+                end.how
+            );
+        }
     }
 
     /// Tells the service manager and the old process that the server serves.
@@ -140,7 +179,11 @@ impl Handover {
                 taken.kill();
                 Some(Event::SuccessorFailed { successor })
             }
-            Ok(taken) => {
+            Ok(mut taken) => {
+                if let Some(end) = taken.end() {
+                    self.failure = Some(format!("it {} as soon as it was ready", end.how));
+                    return Some(Event::SuccessorFailed { successor });
+                }
                 self.successor = Some((successor, Progress::Ready(taken)));
                 Some(Event::SuccessorReady { successor })
             }
@@ -178,8 +221,10 @@ impl Handover {
                 if let Some(notifier) = &mut self.notifier {
                     notifier.main_pid(taken.process);
                 }
+                let process = taken.process;
+                self.heir = Some((taken.acknowledge(), Instant::now()));
                 if let Some(Some(asked)) = asked {
-                    asked.fulfil(Ok(taken.process));
+                    asked.fulfil(Ok(process));
                 }
             }
             (answer, successor) => {
@@ -199,6 +244,7 @@ impl Supervisor {
     /// Whatever is due by the clock. Called each time round the loop, so that the watchdog's keep-alives stop when the
     /// loop does.
     pub(super) fn tell_service_manager(&mut self, now: Instant) {
+        self.handover.look_after_heir(Some(now));
         let status = (now >= self.handover.status_due && self.handover.notifier.is_some()).then(|| self.status());
         let Some(notifier) = &mut self.handover.notifier else { return };
         notifier.retry(now);

@@ -626,7 +626,8 @@ impl Supervisor {
             Some(slot) => self.failures.get(&slot).cloned(),
             None => self.failures.values().next().cloned(),
         };
-        let result = exit::result(outcome, self.starting.is_none(), threads_left, abandoned_closures, failure_of);
+        let lost = self.handover.heir_has_failed();
+        let result = exit::result(outcome, self.starting.is_none(), threads_left, abandoned_closures, lost, failure_of);
         if let Err(error) = &result {
             self.handover.refuse(error);
         }

@@ -102,16 +102,66 @@ fn resolve(name: &Path, directory: Option<&Path>, search: Option<OsString>) -> O
 pub struct Taken {
     /// Its own number; that of the child may be a wrapper's.
     pub process: u32,
-    child: OwnedFd,
+    heir: Heir,
     _line: OwnedFd,
 }
 
 impl Taken {
     /// Ends it after all: it spoke too late.
     pub fn kill(self) {
-        if let Err(error) = child::kill(self.child.as_fd()) {
+        if let Err(error) = child::kill(self.heir.handle.as_fd()) {
             tracing::error!(%error, process = self.process, "killing the new process");
         }
+    }
+
+    /// How it ended, if it has.
+    pub fn end(&mut self) -> Option<End> {
+        self.heir.end()
+    }
+
+    /// Tells it that it was heard. What is left is to look whether it lives.
+    pub fn acknowledge(self) -> Heir {
+        self.heir
+    }
+}
+
+/// The process that has taken over. It may outlive this one, and is not ended with it.
+#[derive(Debug)]
+pub struct Heir {
+    child: Child,
+    handle: OwnedFd,
+    /// Of the process itself, if the child is a wrapper of it.
+    itself: Option<OwnedFd>,
+}
+
+/// How the process that has taken over ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// As a server does that was told to.
+    pub in_order: bool,
+    /// "exited with status 1".
+    pub how: String,
+}
+
+impl Heir {
+    fn new(child: Child, handle: OwnedFd, process: u32) -> Self {
+        let itself = (process != child.id()).then(|| child::open(process).ok()).flatten();
+        Self { child, handle, itself }
+    }
+
+    /// How it ended, if it has. Does not wait.
+    pub fn end(&mut self) -> Option<End> {
+        let process = self.itself.as_ref().unwrap_or(&self.handle).as_fd();
+        let ended = wait_readable(&[process], Some(Duration::ZERO)).is_ok_and(|ready| !ready.is_empty());
+        if !ended {
+            return None;
+        }
+        // A wrapper's says nothing, and of a child that somebody else has waited for nothing is known.
+        let status = if self.itself.is_some() { None } else { self.child.try_wait().ok().flatten() };
+        Some(match status {
+            Some(status) => End { in_order: status.success(), how: in_words(status) },
+            None => End { in_order: false, how: "ended".to_owned() },
+        })
     }
 }
 
@@ -212,7 +262,7 @@ fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Take
     }
     let outcome = give(line.as_fd(), groups).and_then(|()| listen(line.as_fd(), process.as_fd()));
     match outcome {
-        Ok(number) => Ok(Taken { process: number, child: process, _line: line }),
+        Ok(number) => Ok(Taken { process: number, heir: Heir::new(child, process, number), _line: line }),
         Err(why) => {
             drop(line);
             Err(bury(child, process.as_fd(), why))
@@ -417,6 +467,21 @@ mod tests {
         assert_eq!(said.recv_timeout(BOUND).unwrap().unwrap().process, 4711);
         successor.kill("too late");
         drop(successor);
+    }
+
+    #[test]
+    fn one_that_ends_after_all_is_seen_to() {
+        let end_of = |script: &str| {
+            let (_successor, said) = start(answering(script));
+            let mut taken = said.recv_timeout(BOUND).unwrap().unwrap();
+            let handle = taken.heir.handle.try_clone().unwrap();
+            assert_eq!(wait_readable(&[handle.as_fd()], Some(BOUND)).unwrap(), [0]);
+            taken.end().unwrap()
+        };
+        let own = "b'ready %d' % __import__('os').getpid()";
+        assert_eq!(end_of(own), End { in_order: true, how: "exited with status 0".to_owned() });
+        let killed = format!("{own}); __import__('os').kill(__import__('os').getpid(), 11");
+        assert_eq!(end_of(&killed), End { in_order: false, how: "was killed by SIGSEGV".to_owned() });
     }
 
     #[test]

@@ -163,6 +163,30 @@ fn a_new_binary_that_is_no_good_costs_nothing_and_the_next_one_takes_over() {
 }
 
 #[test]
+fn a_new_process_that_fails_after_it_has_taken_over_is_told_of() {
+    let place = Place::new("failing");
+    let mut command = Command::new(place.program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--executors", "1", "--chaos"]);
+    let mut server = Process::of(command.env_remove("RUST_LOG").stdin(Stdio::null())).serving();
+    // It says that it is ready, is heard, and fails.
+    place.put_a_script(
+        "exec python3 -c \"import os, socket; line = socket.socket(fileno=0); line.send(b'ready %d' % os.getpid())\nwhile \
+         line.recv(9999): pass\nos._exit(7)\"",
+    );
+    let mut busy = server.connect();
+    assert_eq!(busy.get("/").status, 200);
+    busy.ask("/chaos/sleep?ms=5000");
+    // Answered after that request has been taken up.
+    assert_eq!(server.connect().get("/").status, 200);
+    server.signal(libc::SIGUSR2);
+    server.wait_for_line("has taken over; this one drains");
+    let line = server.wait_for_line("nobody serves the addresses");
+    assert!(line.contains("exited with status 7"), "{line}");
+    assert_eq!(busy.answer().status, 200, "what it has it answers");
+    server.wait().expect(1, &["nobody serves"]);
+}
+
+#[test]
 fn during_an_upgrade_another_is_refused_and_a_stop_ends_both() {
     let place = Place::new("hanging");
     let mut command = Command::new(place.program());
