@@ -225,7 +225,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let ready_path = arguments.ready_path.clone();
     let app = app::App::new(arguments.root.as_deref(), arguments.listing, arguments.chaos, ready_path)?;
     let root = app.root();
-    let builder = builder(arguments)?.reload_on_signal(move || reload(root.as_deref()));
+    let surroundings = Surroundings::look();
+    let builder = builder(arguments)?.reload_on_signal(move || reload(root.as_deref(), &surroundings));
     let running = builder.serve(async move |shard: Shard| Ok(app.on(shard))).start().wait()?;
     announce(&running, arguments);
     let exit = running.join().wait()?;
@@ -316,28 +317,62 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     Ok(builder)
 }
 
-/// What SIGHUP changes. Everything else of this command comes from its arguments.
-fn reload(root: Option<&app::Root>) -> Vec<String> {
-    let before = open_files();
+/// What SIGHUP changes: the directory of `--root` and the limits of the process. All else of this command comes from its
+/// arguments, which nobody can change, or is settled at the start by what the system allows.
+fn reload(root: Option<&app::Root>, at_start: &Surroundings) -> Vec<String> {
+    let before = Surroundings::look();
     ringleader::raise_limits();
-    let after = open_files();
-    let limit = if before == after {
-        format!("the limit on open files is {after}, as before")
-    } else {
-        format!(
-            "the limit on open files is {after} instead of {before}; how many connections an executor may have stays"
-        )
-    };
-    let rest = "addresses, executors, timeouts, limits and the log's filter come from the command line: for others, start \
-                the server anew; a new binary takes over without loss on SIGUSR2";
-    root.map(app::Root::reopen).into_iter().chain([limit, rest.to_owned()]).collect()
+    let after = Surroundings::look();
+    let rest = "everything else (addresses, executors, steering, timeouts, limits, policies, paths, the log's filter) comes \
+                from the command line, which a reload does not change: for others, start the server anew; SIGUSR2 starts \
+                the binary anew, with these same arguments";
+    let found = [after.open_files_since(&before)].into_iter().chain(after.since(at_start)).chain([rest.to_owned()]);
+    root.map(app::Root::reopen).into_iter().chain(found).collect()
 }
 
-/// The soft limit, as the kernel writes it.
-fn open_files() -> String {
-    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
-    line.and_then(|line| line.split_whitespace().next()).unwrap_or("unknown").to_owned()
+/// What a server finds around it.
+#[derive(Clone, PartialEq)]
+struct Surroundings {
+    /// The soft limit, as the kernel writes it.
+    open_files: String,
+    /// Those that affinity and cgroup quota allow.
+    cpus: usize,
+    somaxconn: String,
+}
+
+impl Surroundings {
+    fn look() -> Self {
+        let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+        let open_files = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+        let open_files = open_files.and_then(|line| line.split_whitespace().next()).unwrap_or("unknown").to_owned();
+        let somaxconn = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap_or_default().trim().to_owned();
+        Self { open_files, cpus: std::thread::available_parallelism().map_or(0, usize::from), somaxconn }
+    }
+
+    /// What the reload has changed.
+    fn open_files_since(&self, before: &Self) -> String {
+        let (after, before) = (&self.open_files, &before.open_files);
+        if before == after {
+            format!("the limit on open files is {after}, as before")
+        } else {
+            format!("the limit on open files is {after} instead of {before}")
+        }
+    }
+
+    /// What has changed since the start and is not followed.
+    fn since(&self, start: &Self) -> Vec<String> {
+        let mut stays = Vec::new();
+        let mut note = |is: &dyn std::fmt::Display, was: &dyn std::fmt::Display, what: &str| {
+            if is.to_string() != was.to_string() {
+                stays.push(format!("{what} {is} instead of {was} at the start: that takes a restart, or SIGUSR2"));
+            }
+        };
+        let connections = "how many connections an executor may have stays, though the limit on open files is";
+        note(&self.open_files, &start.open_files, connections);
+        note(&self.cpus, &start.cpus, "the executors stay on their CPUs, though the number of CPUs allowed is");
+        note(&self.somaxconn, &start.somaxconn, "the listen queues keep their length, though net.core.somaxconn is");
+        stays
+    }
 }
 
 fn start_logging(filter: &str) -> Result<(), Failure> {
@@ -379,4 +414,22 @@ fn announce(handle: &Handle, arguments: &Arguments) {
 
 fn seconds(seconds: f64) -> String {
     if seconds == 0.0 { "no limit".to_owned() } else { format!("{seconds} s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reload_names_what_has_changed_and_is_not_followed() {
+        let start = Surroundings { open_files: "1024".to_owned(), cpus: 2, somaxconn: "4096".to_owned() };
+        assert!(start.since(&start).is_empty());
+        let now = Surroundings { cpus: 4, open_files: "9999".to_owned(), ..start.clone() };
+        let said = now.since(&start);
+        assert_eq!(said.len(), 2, "{said:?}");
+        assert!(said[0].contains("connections") && said[0].contains("9999 instead of 1024"), "{said:?}");
+        assert!(said[1].contains("executors") && said[1].contains("4 instead of 2"), "{said:?}");
+        let looked = Surroundings::look();
+        assert!(looked.cpus > 0 && !looked.open_files.is_empty());
+    }
 }

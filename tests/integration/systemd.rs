@@ -57,7 +57,7 @@ fn a_service_says_when_it_serves_reloads_and_stops() {
     assert_eq!(server.connect().get("/").status, 200);
     server.signal(libc::SIGTERM);
     assert_eq!(manager.heard(), "STOPPING=1");
-    server.wait().expect(0, &["reload: the limit on open files is", "reload: addresses", "stopped"]);
+    server.wait().expect(0, &["reload: the limit on open files is", "reload: everything else", "stopped"]);
 }
 
 #[test]
