@@ -358,8 +358,13 @@ impl Handle {
         }
     }
 
-    /// Orders so many executors, from 1 to the number of slots. Done when the order is accepted; executors that are added
-    /// start at once, those that are removed drain first, and no connection is lost by either.
+    /// Orders so many executors, from 1 to the number of slots. Executors that are added start at once, those that are
+    /// removed drain first, and no connection is lost by either.
+    ///
+    /// Done when the order is **accepted**, not when so many serve: a start-up closure may take its time, a drain takes as
+    /// long as its requests, up to [`Builder::drain_timeout`](crate::Builder::drain_timeout), and another order may come
+    /// first. Who has to wait for that looks at [`Handle::stats`], as below, and not without end: a slot that is quarantined
+    /// gets no executor.
     ///
     /// Where the number follows the load ([`Executors`](crate::Executors) is a range) it goes on doing so after a minute.
     ///
@@ -374,6 +379,24 @@ impl Handle {
     /// let running = server.start().wait()?; // with two executors
     /// running.scale(1).wait()?;
     /// assert!(running.scale(3).wait().is_err_and(|error| error.is_refused()));
+    ///
+    /// use ringleader::{ExecutorState, Handle};
+    /// use std::time::{Duration, Instant};
+    ///
+    /// /// Whether so many serve, and none is on its way in or out.
+    /// fn has_reached(handle: &Handle, executors: usize) -> bool {
+    ///     use ExecutorState::{Idle, Quarantined, Serving, Stalled, Starved};
+    ///     let states: Vec<_> = handle.stats().executors.iter().map(|executor| executor.state).collect();
+    ///     let count = |wanted: &[ExecutorState]| states.iter().filter(|state| wanted.contains(state)).count();
+    ///     let serving = count(&[Serving, Stalled, Starved]);
+    ///     serving == executors && serving + count(&[Idle, Quarantined]) == states.len()
+    /// }
+    ///
+    /// let deadline = Instant::now() + Duration::from_secs(60);
+    /// while !has_reached(&running, 1) && Instant::now() < deadline {
+    ///     std::thread::sleep(Duration::from_millis(20));
+    /// }
+    /// assert!(has_reached(&running, 1));
     /// # Ok::<(), ringleader::Error>(())
     /// ```
     pub fn scale(&self, executors: usize) -> Order<()> {
