@@ -16,7 +16,7 @@ use std::time::Duration;
 #[non_exhaustive]
 pub struct HttpLimits {
     /// From the first byte of a request's head to its last. 10 s: below nginx's 60 s, since a head is small and a slow
-    /// one holds a connection. `None` is no limit, for this and the other times; 0 is refused at the start.
+    /// one holds a connection. `None` is no limit; 0 is refused at the start, as for the other timeouts.
     pub header_timeout: Option<Duration>,
     /// Of a connection between requests, and before its first. 75 s: nginx's `keepalive_timeout`.
     pub idle_timeout: Option<Duration>,
