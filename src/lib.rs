@@ -55,7 +55,7 @@
 //! | one executor, reached from others | registered with [`Builder::sharded`], reached by a [`Sharded`] token | as long as the generation |
 //! | one executor, behind a handle that must be `Send` (axum's `State`) | in a [`ShardLocal`] | as long as the generation |
 //! | the whole process | made outside and captured by the start-up closure: `Arc`, atomics, `Mutex` | as long as the server; it survives restarts |
-//! | a request | in the handler's future | until it is answered, or its client has gone |
+//! | a request | in the handler's future | until it is answered, or its client has gone ([`HttpLimits::half_close_timeout`]) |
 //!
 //! Do not hold a borrow of a `RefCell` over an `.await`: other requests of the executor run meanwhile.
 //!

@@ -33,6 +33,13 @@ pub struct HttpLimits {
     /// that there is room again when a third of its send buffer is free, so a client that reads, but less than that in this
     /// time, is reset too. 60 s: nginx's `send_timeout`, which means the same.
     pub send_timeout: Option<Duration>,
+    /// How long an answer may stand still once its client has ended its direction (FIN), before its handler is dropped
+    /// and the connection closed; each byte that passes gives it this long again. A FIN does not say whether the client has
+    /// gone or has only nothing more to send, as `nc -N` and clients of HTTP/1.0 do: those get what is answered within this
+    /// time. 1 s: hyper and nginx, before its proxied answers, give up at once, which is [`Duration::ZERO`] here, except
+    /// that an answer that is ready then is still sent. `None` is for clients that end their direction and wait long; a
+    /// handler then goes on for one that has gone. A client that resets its connection is given up at once in any case.
+    pub half_close_timeout: Option<Duration>,
     /// Bytes of a request's head. 32 KiB: what nginx takes with `large_client_header_buffers 4 8k`. At least 8 KiB.
     pub header_bytes_max: usize,
     /// Header fields of a request. 100: hyper's own default.
@@ -49,6 +56,7 @@ impl Default for HttpLimits {
             hibernate_after: Some(Duration::from_secs(5)),
             body_timeout: Some(Duration::from_secs(60)),
             send_timeout: Some(Duration::from_secs(60)),
+            half_close_timeout: Some(Duration::from_secs(1)),
             header_bytes_max: 32 * 1024,
             headers_max: 100,
             body_bytes_max: 1024 * 1024,

@@ -267,6 +267,24 @@ impl Driver {
         !socket.unread.is_empty() || !socket.fresh.is_empty() || socket.end.is_some()
     }
 
+    /// Completes when the peer has ended its direction, or with the error that the connection has failed by, whatever is
+    /// still unread. What is held back by [`UNREAD_BYTES_MAX`] hides what comes behind it.
+    pub(crate) fn poll_peer_end(&mut self, key: u32, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let is_readable = self.is_readable(key);
+        let socket = &mut self.sockets[key as usize];
+        match socket.end {
+            Some(End::Closed) => Poll::Ready(Ok(())),
+            Some(End::Failed(errno)) => Poll::Ready(Err(io::Error::from_raw_os_error(errno))),
+            None => {
+                remember(&mut socket.reader, context.waker());
+                if !is_readable {
+                    self.arm(key);
+                }
+                Poll::Pending
+            }
+        }
+    }
+
     /// Sends `bytes`, or as many of them as are taken now.
     ///
     /// Where few tasks are ready, a write is a `send(2)`: nothing to wait for, nothing copied. Where [`BATCH_MIN`] or more

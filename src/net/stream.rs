@@ -37,6 +37,12 @@ impl Stream {
         Self { core, key, turn: 0, sent: 0, received: 0, blocked_since: None }
     }
 
+    /// The number of its socket, for [`Driver::poll_peer_end`](crate::net::driver::Driver::poll_peer_end) while somebody
+    /// else has the stream.
+    pub(crate) fn key(&self) -> u32 {
+        self.key
+    }
+
     /// Whether a read would find something now.
     pub(crate) fn is_readable(&self) -> bool {
         self.core.driver().is_readable(self.key)

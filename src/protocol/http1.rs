@@ -54,7 +54,8 @@ impl<S: Service> Http1<S> {
         let limits = &core.settings.http;
         let mut builder = http1::Builder::new();
         builder
-            // A client may close its half after the request and still wait for the answer.
+            // A client may close its half after the request and still wait for the answer; for how long, and whether it
+            // has gone altogether, is ours to tell: hyper would not even poll the handler.
             .half_close(true)
             .max_headers(limits.headers_max)
             .max_header_size(limits.header_bytes_max)
@@ -121,10 +122,12 @@ impl<S: Service> Connect for Http1<S> {
         let core = Rc::clone(&self.core);
         let activity = Rc::new(Activity::new(core.now()));
         let deadline = activity.deadline(&core.settings.http);
+        let socket = stream.key();
         let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core), replay: Bytes::new() };
         Box::pin(Connection {
             core,
             speak: self,
+            socket,
             peer,
             listener: Arc::clone(listener),
             activity,
@@ -141,11 +144,13 @@ pub(crate) struct Activity {
     in_flight: Cell<u32>,
     /// The first byte since the last request came then.
     head_since: Cell<Option<Instant>>,
-    /// The last request ended, or the last byte was sent, then.
+    /// The last request ended, the last byte passed or the client's end was noticed, then.
     quiet_since: Cell<Instant>,
     uploads: Arc<UploadWatch>,
     /// The client has taken nothing since then of what there is for it.
     blocked_since: Cell<Option<Instant>>,
+    /// The client has ended its direction, and this was noticed while a request was in flight.
+    has_finished: Cell<bool>,
     /// A request has been answered.
     spoke: Cell<bool>,
     /// The file that follows the head hyper is writing. It holds an [`InFlight`], and that this: the connection's end
@@ -161,6 +166,7 @@ impl Activity {
             quiet_since: Cell::new(now),
             uploads: Arc::default(),
             blocked_since: Cell::new(None),
+            has_finished: Cell::new(false),
             spoke: Cell::new(false),
             outgoing: Cell::new(None),
         }
@@ -179,8 +185,9 @@ impl Activity {
         is_sending
     }
 
-    fn poll_file(&self, context: &mut Context<'_>, stream: &mut Stream) -> Poll<io::Result<()>> {
+    fn poll_file(&self, context: &mut Context<'_>, stream: &mut Stream, now: Instant) -> Poll<io::Result<()>> {
         let Some(mut outgoing) = self.outgoing.take() else { return Poll::Ready(Ok(())) };
+        self.quiet_since.set(now);
         let polled = outgoing.poll_send(context, stream);
         if polled.is_pending() {
             self.outgoing.set(Some(outgoing));
@@ -216,20 +223,23 @@ impl Activity {
     }
 
     fn bytes_came(&self, now: Instant) {
+        self.quiet_since.set(now);
         if self.in_flight.get() == 0 && self.head_since.get().is_none() {
             self.head_since.set(Some(now));
         }
     }
 
     /// When the client will have taken too long over what it is doing, which may be to read an answer; `None` while the
-    /// server is at work, unless it waits for a body away from here.
+    /// server is at work for one that is there, unless it waits for a body away from here.
     fn deadline(&self, limits: &HttpLimits) -> Option<Instant> {
         if let Some(since) = self.blocked_since.get() {
             return limits.send_timeout.map(|limit| later(since, limit));
         }
         if self.in_flight.get() > 0 {
-            let limit = limits.body_timeout;
-            return limit.and_then(|limit| Some(later(self.uploads.waits_since()?, limit)));
+            let upload = limits.body_timeout.and_then(|limit| Some(later(self.uploads.waits_since()?, limit)));
+            let half_close = limits.half_close_timeout.filter(|_| self.has_finished.get());
+            let gone = half_close.map(|limit| later(self.quiet_since.get(), limit));
+            return upload.into_iter().chain(gone).min();
         }
         match self.head_since.get() {
             Some(since) => limits.header_timeout.map(|limit| later(since, limit)),
@@ -285,6 +295,8 @@ enum Stage {
 struct Connection {
     core: Rc<Core>,
     speak: Rc<dyn Speak>,
+    /// The stream's, wherever that is.
+    socket: u32,
     peer: SocketAddr,
     listener: Arc<str>,
     activity: Rc<Activity>,
@@ -349,7 +361,7 @@ impl Connection {
                         self.draining = Draining::Told;
                         speaking.as_mut().drain();
                     }
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => return self.poll_peer_end(context),
                     Poll::Ready(done) => self.finish(done),
                 },
                 Stage::Lingering { io, bytes_left } => match ready!(io.stream.poll_receive(context, <[u8]>::len)) {
@@ -357,6 +369,26 @@ impl Connection {
                     _ => return Poll::Ready(()),
                 },
                 Stage::Done => return Poll::Ready(()),
+            }
+        }
+    }
+
+    /// Notes that the client has ended its direction while it is being answered, when hyper does not read; ready when
+    /// there is no client any more.
+    fn poll_peer_end(&self, context: &mut Context<'_>) -> Poll<()> {
+        let activity = &self.activity;
+        if activity.in_flight.get() == 0 || activity.has_finished.get() {
+            return Poll::Pending;
+        }
+        match ready!(self.core.driver().poll_peer_end(self.socket, context)) {
+            Ok(()) => {
+                activity.has_finished.set(true);
+                activity.quiet_since.set(self.core.now());
+                Poll::Pending
+            }
+            Err(error) => {
+                tracing::debug!(slot = self.core.slot, %error, "a client went away before it was answered");
+                Poll::Ready(())
             }
         }
     }
@@ -433,6 +465,10 @@ impl Connection {
     }
 
     fn time_out(&mut self) -> Poll<()> {
+        if self.activity.in_flight.get() > 0 && self.activity.blocked_since.get().is_none() {
+            tracing::debug!(slot = self.core.slot, "a client that had ended its direction was not answered in time");
+            return Poll::Ready(());
+        }
         self.core.cells.timed_out.add(1);
         if self.activity.blocked_since.get().is_some()
             && let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done)
@@ -502,7 +538,7 @@ impl hyper::rt::Write for HttpIo {
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         // The stream itself has nothing to flush: what it took is in the kernel's hands, or goes there with this turn.
-        let polled = this.activity.poll_file(context, &mut this.stream);
+        let polled = this.activity.poll_file(context, &mut this.stream, this.core.now());
         this.activity.blocked_since.set(this.stream.blocked_since());
         polled
     }

@@ -2,7 +2,7 @@
 
 use ringleader::{Body, BoxError, Method, Request, Response, service_fn};
 
-use crate::support::{Gate, Site, echo, eventually, local, pattern};
+use crate::support::{Site, echo, local, pattern};
 
 /// Answers with the method and the path.
 async fn repeat(request: Request) -> Result<Response, BoxError> {
@@ -172,25 +172,6 @@ fn what_is_not_http_is_answered_with_400() {
         client.expect_end();
     }
     assert_eq!(site.connect().get("/").status, 200);
-}
-
-#[test]
-fn a_client_that_has_ended_its_half_gets_its_answer() {
-    let gate = Gate::shut();
-    let site = {
-        let gate = gate.clone();
-        Site::serving(async move |_| {
-            gate.passed().await;
-            Ok(Response::new(Body::from("late")))
-        })
-    };
-    let mut client = site.connect();
-    client.ask("/");
-    client.finish_sending();
-    eventually("the handler runs", || site.stats().executors[0].in_flight == 1);
-    gate.open();
-    assert_eq!(client.answer().text(), "late");
-    client.expect_end();
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod embedding;
 mod examples;
 mod files;
 mod fullness;
+mod gone;
 mod http1;
 mod idle;
 mod leaks;
