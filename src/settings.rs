@@ -40,6 +40,10 @@ pub struct HttpLimits {
     /// that an answer that is ready then is still sent. `None` is for clients that end their direction and wait long; a
     /// handler then goes on for one that has gone. A client that resets its connection is given up at once in any case.
     pub half_close_timeout: Option<Duration>,
+    /// How long what a client still sends after the last answer, or after an error, is thrown away before its connection is
+    /// closed; it has seen the end of ours by then. Closing on unread bytes sends a reset, which may destroy the answer. 2 s;
+    /// nginx's `lingering_timeout` is 5 s, from one piece to the next. It ends after 4 MiB in any case. `None` is no limit.
+    pub linger_timeout: Option<Duration>,
     /// Bytes of a request's head. 32 KiB: what nginx takes with `large_client_header_buffers 4 8k`. At least 8 KiB.
     pub header_bytes_max: usize,
     /// Header fields of a request. 100: hyper's own default.
@@ -57,6 +61,7 @@ impl Default for HttpLimits {
             body_timeout: Some(Duration::from_secs(60)),
             send_timeout: Some(Duration::from_secs(60)),
             half_close_timeout: Some(Duration::from_secs(1)),
+            linger_timeout: Some(Duration::from_secs(2)),
             header_bytes_max: 32 * 1024,
             headers_max: 100,
             body_bytes_max: 1024 * 1024,

@@ -33,10 +33,7 @@ use crate::service::Service;
 use crate::settings::HttpLimits;
 use crate::time::{Sleep, later};
 
-/// How long the rest of a request that was not read is thrown away before the connection is closed, so that the client
-/// gets to read the answer: closing on unread bytes sends RST, which destroys it. nginx's `lingering_timeout` is 5 s.
-const LINGER: Duration = Duration::from_secs(2);
-/// Bytes thrown away meanwhile.
+/// Bytes of a request that was not read that are thrown away before the connection is closed.
 const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// How often a connection is looked at when its hibernation is switched off and its client has no deadline.
@@ -283,9 +280,11 @@ enum Stage {
     /// Nothing has been received yet, or for long.
     Silent(HttpIo),
     Speaking(Pin<Box<dyn Speaking>>),
-    /// All is answered; what still comes in is thrown away for a while.
+    /// All is answered, or nothing can be any more: our direction is to end, and what still comes in is thrown away for a
+    /// while.
     Lingering {
         io: HttpIo,
+        is_shut: bool,
         bytes_left: usize,
     },
     Done,
@@ -364,7 +363,14 @@ impl Connection {
                     Poll::Pending => return self.poll_peer_end(context),
                     Poll::Ready(done) => self.finish(done),
                 },
-                Stage::Lingering { io, bytes_left } => match ready!(io.stream.poll_receive(context, <[u8]>::len)) {
+                // hyper has done so, unless it ended in error.
+                Stage::Lingering { io, is_shut: is_shut @ false, .. } => {
+                    if ready!(hyper::rt::Write::poll_shutdown(Pin::new(io), context)).is_err() {
+                        return Poll::Ready(());
+                    }
+                    *is_shut = true;
+                }
+                Stage::Lingering { io, bytes_left, .. } => match ready!(io.stream.poll_receive(context, <[u8]>::len)) {
                     Ok(count @ 1..) if count < *bytes_left => *bytes_left -= count,
                     _ => return Poll::Ready(()),
                 },
@@ -410,15 +416,16 @@ impl Connection {
         }
     }
 
-    /// hyper is done and has shut our direction: close now, or linger for what the client is still sending.
+    /// hyper is done: close now, or linger for what the client is still sending.
     fn finish(&mut self, done: Result<(), hyper::Error>) {
         if let Err(error) = done {
             tracing::debug!(slot = self.core.slot, %error, "a connection ended in error");
         }
         let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done) else { return };
         if self.activity.uploads.was_cut() {
-            self.timer = Some(Sleep::until(self.core.now() + LINGER));
-            self.stage = Stage::Lingering { io: speaking.into_io(), bytes_left: LINGER_BYTES_MAX };
+            let limit = self.core.settings.http.linger_timeout;
+            self.timer = limit.map(|limit| Sleep::until(later(self.core.now(), limit)));
+            self.stage = Stage::Lingering { io: speaking.into_io(), is_shut: false, bytes_left: LINGER_BYTES_MAX };
         }
     }
 

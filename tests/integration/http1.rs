@@ -1,8 +1,8 @@
 //! HTTP/1.1 as it is on the wire.
 
-use ringleader::{Body, BoxError, Method, Request, Response, service_fn};
+use ringleader::{Body, BoxError, HttpLimits, Method, Request, Response, service_fn};
 
-use crate::support::{Site, echo, local, pattern};
+use crate::support::{Site, echo, eventually, local, pattern};
 
 /// Answers with the method and the path.
 async fn repeat(request: Request) -> Result<Response, BoxError> {
@@ -126,6 +126,23 @@ fn head_has_the_length_and_no_body() {
     let head = client.head();
     assert_eq!((head.status, head.header("content-length")), (200, Some("13")));
     assert_eq!(client.get("/").text(), "Hello, World!");
+}
+
+#[test]
+fn a_connection_that_ends_in_error_is_seen_to_end_before_the_server_has_lingered() {
+    let mut limits = HttpLimits::default();
+    limits.linger_timeout = None;
+    let site = Site::start(local(1).http_limits(limits).serve(async |_| Ok(service_fn(echo))));
+    let mut client = site.connect();
+    client.send("POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n");
+    client.head();
+    assert_eq!(client.chunk().expect("it goes on").as_deref(), Some(&b"first"[..]));
+    client.send("zz\r\n");
+    client.expect_end();
+    assert_eq!(site.stats().executors[0].open, 1, "it throws away what still comes");
+    client.send("more");
+    client.finish_sending();
+    eventually("it is gone", || site.stats().executors[0].open == 0);
 }
 
 #[test]
