@@ -22,7 +22,8 @@ pub struct HttpLimits {
     pub idle_timeout: Option<Duration>,
     /// How long a connection is idle before the memory of its protocol, mostly an 8 KiB buffer, is given back. At the
     /// next byte it is made anew, which costs about a tenth of a request; a client that asks more often than this keeps
-    /// it. 5 s; `None` keeps it for the connection's life.
+    /// it. 5 s, and never more than [`header_timeout`](Self::header_timeout), since that memory may hold the beginning of a
+    /// head that came with the request before; `None` is as long as that.
     pub hibernate_after: Option<Duration>,
     /// Between two pieces of a request body while the handler waits for one. 60 s: nginx's `client_body_timeout`. Of a body
     /// that is read elsewhere than on its executor, such as by a task of tokio's, the connection finds out when it looks

@@ -36,7 +36,7 @@ use crate::time::{Sleep, later};
 /// Bytes of a request that was not read that are thrown away before the connection is closed.
 const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
-/// How often a connection is looked at when its hibernation is switched off and its client has no deadline.
+/// How often a connection is looked at when neither its hibernation nor the time limit of a head says so.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Serves connections of one generation with its service.
@@ -206,7 +206,14 @@ impl Activity {
     /// Whether nothing has been going on for long enough that hyper's part can be given back.
     fn is_asleep(&self, limits: &HttpLimits, now: Instant) -> bool {
         let quiet = now.saturating_duration_since(self.quiet_since.get());
-        self.is_between_requests() && limits.hibernate_after.is_some_and(|limit| quiet >= limit)
+        self.is_between_requests() && asleep_after(limits).is_some_and(|limit| quiet >= limit)
+    }
+
+    /// When the connection is to be looked at, unless it has a deadline before.
+    fn next_look(&self, limits: &HttpLimits, now: Instant) -> Instant {
+        let period = asleep_after(limits).unwrap_or(LOOK_AGAIN);
+        let look = later(self.quiet_since.get(), period);
+        if look > now { look } else { later(now, period) }
     }
 
     /// Whether hyper knows nothing that the next one would have to.
@@ -243,6 +250,12 @@ impl Activity {
             None => limits.idle_timeout.map(|limit| later(self.quiet_since.get(), limit)),
         }
     }
+}
+
+/// After which quiet time hyper's part is given back. That is also how it is found out that hyper holds the beginning of
+/// another head, which came together with the last request: so it is no later than such a head may take.
+fn asleep_after(limits: &HttpLimits) -> Option<Duration> {
+    limits.hibernate_after.into_iter().chain(limits.header_timeout).min()
 }
 
 /// hyper's connection without its type.
@@ -403,14 +416,18 @@ impl Connection {
         if let Stage::Silent(io) = std::mem::replace(&mut self.stage, Stage::Done) {
             let info = ConnectionInfo::new(Some(self.peer), &self.listener);
             self.stage = Stage::Speaking(self.speak.speak(io, info));
-            self.timer = Some(Sleep::until(later(self.core.now(), self.look_again())));
+            self.timer = Some(Sleep::until(self.next_look()));
         }
     }
 
-    /// Gives hyper's part back; the next byte makes it anew.
+    /// Gives hyper's part back; the next byte makes it anew, and so does what it has of another head already.
     fn hibernate(&mut self) {
         if let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done) {
-            self.stage = Stage::Silent(speaking.into_io());
+            let io = speaking.into_io();
+            if !io.replay.is_empty() {
+                self.activity.head_since.set(Some(self.activity.quiet_since.get()));
+            }
+            self.stage = Stage::Silent(io);
             self.core.note_hibernation();
             self.timer = self.activity.deadline(&self.core.settings.http).map(Sleep::until);
         }
@@ -433,7 +450,7 @@ impl Connection {
     fn poll_timer(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let now = self.core.now();
         loop {
-            let (deadline, look_again) = (self.deadline(), self.look_again());
+            let (deadline, next_look) = (self.deadline(), self.next_look());
             let Some(timer) = &mut self.timer else { return Poll::Pending };
             if let Some(nearer) = deadline.filter(|deadline| *deadline < timer.deadline()) {
                 // A head has begun: its limit is nearer than what was waited for.
@@ -451,7 +468,7 @@ impl Connection {
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now => return self.time_out(),
                 (Stage::Speaking(_), _) if self.activity.is_asleep(&self.core.settings.http, now) => self.hibernate(),
                 // Lively, or at work: look again later.
-                (Stage::Speaking(_), _) => timer.reset(later(now, look_again)),
+                (Stage::Speaking(_), _) => timer.reset(next_look),
                 _ => return self.time_out(),
             }
             if matches!(self.stage, Stage::Silent(_)) && self.poll_stages(context).is_ready() {
@@ -467,8 +484,8 @@ impl Connection {
         }
     }
 
-    fn look_again(&self) -> Duration {
-        self.core.settings.http.hibernate_after.unwrap_or(LOOK_AGAIN)
+    fn next_look(&self) -> Instant {
+        self.activity.next_look(&self.core.settings.http, self.core.now())
     }
 
     fn time_out(&mut self) -> Poll<()> {

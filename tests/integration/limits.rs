@@ -65,6 +65,26 @@ fn the_header_timeout_begins_with_the_head() {
 }
 
 #[test]
+fn a_head_that_begins_in_the_segment_of_the_request_before_is_cut_like_others() {
+    for hibernate_after in [None, Some(SHORT / 2), Some(BOUND)] {
+        let site = limited(|limits| {
+            limits.header_timeout = Some(SHORT);
+            limits.hibernate_after = hibernate_after;
+            // It would end the wait, too, and is not to.
+            limits.idle_timeout = None;
+        });
+        let mut client = site.connect();
+        client.send("GET / HTTP/1.1\r\nhost: test\r\n\r\nGET / HTTP/1.1\r\nho");
+        let start = Instant::now();
+        assert_eq!(client.answer().status, 200);
+        client.expect_end();
+        // The answer may have been under way for a moment.
+        assert!(start.elapsed() >= SHORT / 2, "{hibernate_after:?}");
+        eventually("it is counted", || timed_out(&site) == 1);
+    }
+}
+
+#[test]
 fn an_idle_connection_is_closed() {
     let site = limited(|limits| limits.idle_timeout = Some(SHORT));
     let mut client = site.connect();
