@@ -1,12 +1,17 @@
 //! The built-in application: a few endpoints to try a server with, to measure it and to break it.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use http::{HeaderValue, header};
-use ringleader::{Body, BoxError, Files, Request, Response, Service, Shard, StatusCode};
+use http_body::{Body as _, Frame, SizeHint};
+use ringleader::{Body, BodyError, BoxError, Files, Request, Response, Service, Shard, StatusCode};
 
 use super::{Failure, chaos};
 
@@ -142,22 +147,25 @@ impl Service for OnShard {
                 let files = served.files(&self.shard);
                 Ok(Box::pin(files.respond(&request)).await.map(Body::from))
             }
-            None => self.built_in(request),
+            None if request.uri().path() == "/echo" && expects_to_be_told(&request) => {
+                Box::pin(echo_begun(request)).await
+            }
+            None if request.uri().path() == "/echo" => Ok(echo(request)),
+            None => Ok(self.built_in(&request)),
         }
     }
 }
 
 impl OnShard {
-    fn built_in(&self, request: Request) -> Result<Response, BoxError> {
+    fn built_in(&self, request: &Request) -> Response {
         match request.uri().path() {
-            "/" => Ok(answer(TEXT, "Hello, World!")),
-            "/json" => Ok(answer(JSON, r#"{"message":"Hello, World!"}"#)),
-            "/echo" => Ok(echo(request)),
-            "/whoami" => Ok(answer(JSON, self.whoami())),
+            "/" => answer(TEXT, "Hello, World!"),
+            "/json" => answer(JSON, r#"{"message":"Hello, World!"}"#),
+            "/whoami" => answer(JSON, self.whoami()),
             _ => {
                 let mut response = answer(TEXT, "Not Found\n");
                 *response.status_mut() = StatusCode::NOT_FOUND;
-                Ok(response)
+                response
             }
         }
     }
@@ -188,10 +196,56 @@ impl OnShard {
 }
 
 /// A body of text with its type.
-pub(crate) fn answer(content_type: HeaderValue, text: impl Into<bytes::Bytes>) -> Response {
+pub(crate) fn answer(content_type: HeaderValue, text: impl Into<Bytes>) -> Response {
     let mut response = Response::new(Body::from(text.into()));
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     response
+}
+
+/// Whether the client holds its body back until it is told to go on.
+fn expects_to_be_told(request: &Request) -> bool {
+    request.headers().contains_key(header::EXPECT)
+}
+
+/// [`echo`] that answers when the body has begun: hyper tells a client to go on (100) when its body is asked for, but not
+/// after an answer has begun.
+async fn echo_begun(request: Request) -> Result<Response, BoxError> {
+    let (head, mut body) = request.into_parts();
+    let first = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await.transpose()?;
+    Ok(echo(Request::from_parts(head, Body::new(Begun { first, rest: body }))))
+}
+
+/// A body whose first frame has been taken from it.
+struct Begun {
+    first: Option<Frame<Bytes>>,
+    rest: Body,
+}
+
+impl http_body::Body for Begun {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.first.take() {
+            Some(first) => Poll::Ready(Some(Ok(first))),
+            None => Pin::new(&mut self.rest).poll_frame(context),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.first.is_none() && self.rest.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let first = self.first.as_ref().and_then(Frame::data_ref).map_or(0, |data| data.len() as u64);
+        match self.rest.size_hint().exact() {
+            Some(rest) => SizeHint::with_exact(first + rest),
+            None => SizeHint::default(),
+        }
+    }
 }
 
 /// Streams the request's body back, with its type.

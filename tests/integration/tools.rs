@@ -42,6 +42,24 @@ fn curl_gets_back_what_it_uploads() {
 }
 
 #[test]
+fn an_echo_tells_a_client_that_waits_for_it_to_send_its_body() {
+    let server = spawn(&[], &["--executors", "1"]);
+    for (framing, body) in [("content-length: 5", "hello"), ("transfer-encoding: chunked", "5\r\nhello\r\n0\r\n\r\n")] {
+        let mut client = server.connect();
+        client.send(format!("POST /echo HTTP/1.1\r\nhost: test\r\n{framing}\r\nexpect: 100-continue\r\n\r\n"));
+        assert_eq!(client.head().head, "http/1.1 100 continue\r\n\r\n");
+        client.send(body);
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.text()), (200, "hello"));
+        assert_eq!(answer.header("content-length").is_some(), framing.starts_with("content-length"));
+    }
+    let url = format!("http://{}/echo", server.address());
+    let arguments = ["-sS", "-v", "--max-time", "10", "-H", "Expect: 100-continue", "-d", "hello", &url];
+    let printed = output("curl", &arguments);
+    assert!(printed.contains("< HTTP/1.1 100 Continue"), "{printed}");
+}
+
+#[test]
 fn pythons_client_keeps_its_connection() {
     let server = spawn(&[], &["--executors", "2"]);
     let script = "
