@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::{HeaderValue, header};
 use http_body::{Body as _, Frame, SizeHint};
-use ringleader::{Body, BodyError, BoxError, Files, Request, Response, Service, Shard, StatusCode};
+use ringleader::{Body, BodyError, BoxError, Files, Method, Request, Response, Service, Shard, StatusCode};
 
 use super::{Failure, chaos};
 
@@ -158,15 +158,17 @@ impl Service for OnShard {
 
 impl OnShard {
     fn built_in(&self, request: &Request) -> Response {
+        let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
         match request.uri().path() {
+            "/" | "/json" | "/whoami" if !is_read => {
+                let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed\n");
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+                response
+            }
             "/" => answer(TEXT, "Hello, World!"),
             "/json" => answer(JSON, r#"{"message":"Hello, World!"}"#),
             "/whoami" => answer(JSON, self.whoami()),
-            _ => {
-                let mut response = answer(TEXT, "Not Found\n");
-                *response.status_mut() = StatusCode::NOT_FOUND;
-                response
-            }
+            _ => refusal(StatusCode::NOT_FOUND, "Not Found\n"),
         }
     }
 
@@ -199,6 +201,12 @@ impl OnShard {
 pub(crate) fn answer(content_type: HeaderValue, text: impl Into<Bytes>) -> Response {
     let mut response = Response::new(Body::from(text.into()));
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    response
+}
+
+fn refusal(status: StatusCode, text: &'static str) -> Response {
+    let mut response = answer(TEXT, text);
+    *response.status_mut() = status;
     response
 }
 

@@ -42,6 +42,26 @@ fn curl_gets_back_what_it_uploads() {
 }
 
 #[test]
+fn the_built_in_application_is_read_only_but_for_its_echo() {
+    let server = spawn(&[], &["--executors", "1"]);
+    let mut client = server.connect();
+    for path in ["/", "/json", "/whoami"] {
+        for method in ["POST", "DELETE", "OPTIONS", "TRACE", "BREW"] {
+            client.send(format!("{method} {path} HTTP/1.1\r\nhost: test\r\n\r\n"));
+            let answer = client.answer();
+            assert_eq!((answer.status, answer.header("allow")), (405, Some("get, head")), "{method} {path}");
+        }
+        assert_eq!(client.get(path).status, 200);
+        client.send(format!("HEAD {path} HTTP/1.1\r\nhost: test\r\n\r\n"));
+        assert_eq!(client.head().status, 200);
+    }
+    client.send("DELETE /echo HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\n\r\nhello");
+    assert_eq!(client.answer().text(), "hello");
+    client.send("DELETE /nowhere HTTP/1.1\r\nhost: test\r\n\r\n");
+    assert_eq!(client.answer().status, 404);
+}
+
+#[test]
 fn an_echo_tells_a_client_that_waits_for_it_to_send_its_body() {
     let server = spawn(&[], &["--executors", "1"]);
     for (framing, body) in [("content-length: 5", "hello"), ("transfer-encoding: chunked", "5\r\nhello\r\n0\r\n\r\n")] {
