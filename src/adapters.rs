@@ -3,9 +3,13 @@
 
 use std::fmt;
 use std::future::poll_fn;
+#[cfg(feature = "axum")]
+use std::pin::Pin;
 
 #[cfg(feature = "axum")]
-use http::StatusCode;
+use http::{StatusCode, header};
+#[cfg(feature = "axum")]
+use http_body::Body as _;
 
 #[cfg(feature = "axum")]
 use crate::service::NoUpgrade;
@@ -143,13 +147,36 @@ impl Service for Axum {
     async fn call(&self, mut request: Request) -> Result<Response<Self::Body>, BoxError> {
         // Without this axum's extractor refuses before the handler runs, which would call `tokio::spawn` and have the
         // client believe in a WebSocket that nobody speaks.
-        let wants_upgrade = request.extensions_mut().remove::<hyper::upgrade::OnUpgrade>().is_some();
+        let can_upgrade = request.extensions_mut().remove::<hyper::upgrade::OnUpgrade>().is_some();
+        let asks_for = request.headers().get(header::UPGRADE);
+        let is_websocket = can_upgrade && asks_for.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
         let response = self.0.call(request).await?;
-        if wants_upgrade && response.status() == StatusCode::UPGRADE_REQUIRED {
-            return Err(NoUpgrade.into());
+        if is_websocket && response.status() == StatusCode::UPGRADE_REQUIRED {
+            return unless_refused(response).await;
         }
         Ok(response)
     }
+}
+
+/// What `WebSocketUpgrade` says for want of a connection to take over (axum 0.8). A handler's own 426 says something else.
+#[cfg(feature = "axum")]
+const NOT_UPGRADABLE: &[u8] = b"WebSocket request couldn't be upgraded since no upgrade state was present";
+
+/// The answer, unless it is the one of `WebSocketUpgrade` that misses a connection to take over.
+#[cfg(feature = "axum")]
+async fn unless_refused(response: Response<axum::body::Body>) -> Result<Response<axum::body::Body>, BoxError> {
+    let (head, mut body) = response.into_parts();
+    if body.size_hint().exact() != Some(NOT_UPGRADABLE.len() as u64) {
+        return Ok(Response::from_parts(head, body));
+    }
+    let mut text = Vec::with_capacity(NOT_UPGRADABLE.len());
+    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+        text.extend(frame?.into_data().unwrap_or_default());
+    }
+    if text == NOT_UPGRADABLE {
+        return Err(NoUpgrade.into());
+    }
+    Ok(Response::from_parts(head, axum::body::Body::from(text)))
 }
 
 #[cfg(feature = "axum")]

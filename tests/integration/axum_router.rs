@@ -61,7 +61,7 @@ fn library() -> Router {
         .route("/books", post(put).get(all))
         .route("/books/{number}", get(one))
         .route("/talk", get(talk))
-        .route("/refuses", get(async || StatusCode::UPGRADE_REQUIRED))
+        .route("/refuses", get(async || (StatusCode::UPGRADE_REQUIRED, [("upgrade", "h3")], "speak HTTP/3 to me")))
         .layer(middleware::from_fn(stamp))
         .with_state(Shelf::default())
 }
@@ -160,7 +160,14 @@ fn a_websocket_is_refused_with_501_before_anything_is_promised_and_the_connectio
 fn what_is_no_refused_upgrade_is_passed_on() {
     let site = site();
     let mut client = site.connect();
-    assert_eq!(client.get("/refuses").status, 426);
+    for asks in
+        ["", "connection: upgrade\r\nupgrade: websocket\r\n", "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"]
+    {
+        client.send(format!("GET /refuses HTTP/1.1\r\nhost: test\r\n{asks}\r\n"));
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.header("upgrade")), (426, Some("h3")), "{asks}");
+        assert_eq!(answer.text(), "speak HTTP/3 to me");
+    }
     // A client that asks for a WebSocket where there is none.
     ask_for_websocket(&mut client, "/books/7");
     assert_eq!(client.answer().status, 404);
