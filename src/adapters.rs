@@ -7,6 +7,8 @@ use std::future::poll_fn;
 use std::pin::Pin;
 
 #[cfg(feature = "axum")]
+use axum::extract::ConnectInfo;
+#[cfg(feature = "axum")]
 use http::{StatusCode, header};
 #[cfg(feature = "axum")]
 use http_body::Body as _;
@@ -116,10 +118,11 @@ pub struct Axum(Tower<axum::Router>);
 ///
 /// What axum's own server gives it and this one does not:
 /// - `WebSocketUpgrade`, which needs hyper to part with the connection: answered 501, with the reason in the log.
-/// - `ConnectInfo`: who is at the other end is in [`Body::connection`](crate::Body::connection) of the request before the
-///   router gets it; a layer around it can put that into the request's extensions.
 /// - A tokio runtime: what calls tokio (server-sent events with keep-alive, timeouts of tower-http, database drivers) needs
 ///   `Builder::tokio`, feature `tokio`.
+///
+/// `ConnectInfo<SocketAddr>` says who is at the other end; the request's extensions have a [`Connection`](crate::Connection),
+/// too, which also knows the listener: `Extension<ringleader::Connection>`.
 ///
 /// What this server bounds and axum's own does not ([`HttpLimits`](crate::HttpLimits)) comes first. A body of more than 1 MiB
 /// does not get as far as axum's limit of 2 MB: one that announces its length is answered 413, one that does not fails in
@@ -145,6 +148,12 @@ impl Service for Axum {
     type Body = axum::body::Body;
 
     async fn call(&self, mut request: Request) -> Result<Response<Self::Body>, BoxError> {
+        if let Some(connection) = request.body().connection().cloned() {
+            if let Some(peer) = connection.peer_addr() {
+                request.extensions_mut().insert(ConnectInfo(peer));
+            }
+            request.extensions_mut().insert(connection);
+        }
         // Without this axum's extractor refuses before the handler runs, which would call `tokio::spawn` and have the
         // client believe in a WebSocket that nobody speaks.
         let can_upgrade = request.extensions_mut().remove::<hyper::upgrade::OnUpgrade>().is_some();

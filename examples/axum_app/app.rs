@@ -2,13 +2,16 @@
 //! writes it for axum's own server; nothing in it knows what serves it.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, Weak};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{Form, FromRef, FromRequest, FromRequestParts, MatchedPath, Path, Query, Request, State};
+use axum::extract::{
+    ConnectInfo, Form, FromRef, FromRequest, FromRequestParts, MatchedPath, Path, Query, Request, State,
+};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, ETAG, IF_NONE_MATCH, LOCATION, SET_COOKIE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
@@ -195,6 +198,7 @@ pub fn router(settings: Settings) -> Router {
         .route("/", get(async || Html("<h1>Seed library</h1>")))
         .route("/seeds", get(async || Redirect::permanent("/packets")))
         .route("/cookies", get(cookies))
+        .route("/address", get(async |ConnectInfo(peer): ConnectInfo<SocketAddr>| peer.ip().to_string()))
         .nest("/packets", packets)
         .nest("/streams", streams)
         .nest("/demanding", demanding)

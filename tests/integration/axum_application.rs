@@ -38,7 +38,8 @@ impl Twins {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port is free");
         let theirs = listener.local_addr().expect("it is bound");
         let (stop, order) = oneshot::channel();
-        let serve = axum::serve(listener, router()).with_graceful_shutdown(async move { drop(order.await) });
+        let app = router().into_make_service_with_connect_info::<SocketAddr>();
+        let serve = axum::serve(listener, app).with_graceful_shutdown(async move { drop(order.await) });
         let stopped = runtime.spawn(serve.into_future());
         let ours = router();
         let site = Site::start(
@@ -192,6 +193,12 @@ fn what_is_refused_is_refused_alike() {
     ] {
         assert_eq!(twins.ask(&request).status, status, "{request}");
     }
+}
+
+#[test]
+fn handlers_know_who_asks_alike() {
+    let twins = Twins::start(PATIENT);
+    assert_eq!(twins.ask(&plain("GET /address")).body, "127.0.0.1");
 }
 
 #[test]

@@ -1,16 +1,17 @@
 //! An axum router, unmodified: state, extractors, JSON, fallbacks, middleware; and what it cannot do here.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use axum::body::Bytes;
-use axum::extract::{Path, Query, Request, State, WebSocketUpgrade};
+use axum::extract::{ConnectInfo, Extension, Path, Query, Request, State, WebSocketUpgrade};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use ringleader::HttpLimits;
+use ringleader::{Connection, HttpLimits};
 use serde::{Deserialize, Serialize};
 
 use crate::support::{Client, Site, local};
@@ -103,6 +104,19 @@ fn state_extractors_json_and_middleware_work_as_on_axums_own_server() {
         );
         assert_eq!(client.get("/books?pages_min=11").text(), r#"[{"title":"Long","pages":1000}]"#);
     }
+}
+
+#[test]
+fn handlers_know_their_connection() {
+    let told = async |ConnectInfo(peer): ConnectInfo<SocketAddr>, Extension(connection): Extension<Connection>| {
+        assert_eq!(connection.peer_addr(), Some(peer));
+        format!("{peer} at {}", connection.listener())
+    };
+    let router = Router::new().route("/", get(told));
+    let site = Site::start(local(1).serve(async move |_| Ok(ringleader::axum(router.clone()))));
+    let mut client = site.connect();
+    let address = client.sender().local_addr().expect("it is connected");
+    assert_eq!(client.get("/").text(), format!("{address} at {}", site.address()));
 }
 
 #[test]
