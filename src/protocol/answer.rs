@@ -5,7 +5,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use http::{HeaderValue, StatusCode, header};
@@ -13,12 +13,12 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::http1::Activity;
-use super::outgoing::{self, Outgoing};
+use super::outgoing::{self, OUT_OF_TURN, Outgoing};
 use crate::body::BodyError;
 use crate::executor::core::{Core, Scene};
 use crate::panics::{Panic, caught};
 use crate::service::{NoUpgrade, Reject};
-use crate::{BoxError, Request, Response, TaskError};
+use crate::{BoxError, Response, TaskError};
 
 pin_project! {
     /// Polls and drops a service's future with panics caught: `Err` is the panic.
@@ -56,11 +56,6 @@ impl<F: Future> Future for Contained<F> {
     }
 }
 
-/// What a closure returns, or its panic.
-pub(crate) fn contain<T>(call: impl FnOnce() -> T) -> Result<T, Panic> {
-    catch_unwind(AssertUnwindSafe(call)).map_err(caught)
-}
-
 /// Counts a request as being answered, from the service's call to the end of the response's body.
 pub(crate) struct InFlight {
     core: Rc<Core>,
@@ -80,6 +75,60 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.core.cells.in_flight.subtract(1);
         self.activity.request_ended(self.core.now());
+    }
+}
+
+/// Why a request does not get as far as the service.
+#[derive(Clone, Copy)]
+pub(crate) enum Refusal {
+    /// It came before the file of the last response had been sent.
+    OutOfTurn,
+    Overloaded {
+        body_to_come: bool,
+    },
+    Oversized,
+}
+
+pin_project! {
+    /// Answers one request by what `call` returns, unless it is refused.
+    ///
+    /// Not an async block: that would keep room for the request once more beside `call`, which has it.
+    pub(crate) struct Answering<F> {
+        #[pin]
+        call: Contained<F>,
+        refusal: Option<Refusal>,
+        // Taken with the answer.
+        in_flight: Option<InFlight>,
+        may_go_past_hyper: bool,
+    }
+}
+
+impl<F> Answering<F> {
+    pub(crate) fn new(call: F, refusal: Option<Refusal>, in_flight: InFlight, may_go_past_hyper: bool) -> Self {
+        Self { call: Contained::new(call), refusal, in_flight: Some(in_flight), may_go_past_hyper }
+    }
+}
+
+impl<F, B> Future for Answering<F>
+where
+    F: Future<Output = Result<Response<B>, BoxError>>,
+    B: HttpBody + 'static,
+{
+    type Output = Result<Response<AnswerBody<B>>, BoxError>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let result = match this.refusal {
+            None => Ok(ready!(this.call.poll(context))),
+            Some(refusal) => Err(*refusal),
+        };
+        let in_flight = this.in_flight.take().expect("it is not polled after its answer");
+        Poll::Ready(match result {
+            Ok(result) => Ok(respond(result, in_flight, *this.may_go_past_hyper)),
+            Err(Refusal::Overloaded { body_to_come }) => Ok(overloaded(body_to_come, in_flight)),
+            Err(Refusal::Oversized) => Ok(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight)),
+            Err(Refusal::OutOfTurn) => Err(OUT_OF_TURN.into()),
+        })
     }
 }
 
@@ -167,7 +216,7 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
 }
 
 /// The response to what a service returned, or how it failed. A large file goes past hyper where it may.
-pub(crate) fn respond<B: HttpBody + 'static>(
+fn respond<B: HttpBody + 'static>(
     result: Result<Result<Response<B>, BoxError>, Panic>,
     in_flight: InFlight,
     may_go_past_hyper: bool,
@@ -228,7 +277,7 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
 }
 
 /// [`text`], after which the connection is closed.
-pub(crate) fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let mut response = text(status, why, in_flight);
     close_after(&mut response);
     response
@@ -236,7 +285,7 @@ pub(crate) fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight
 
 /// The refusal of a request that would be one too many. The connection stays: a new one would cost both sides more, and
 /// come back here or make another executor's load worse. But what is left of a body is not waited for.
-pub(crate) fn overloaded<B>(request: &Request, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn overloaded<B>(body_to_come: bool, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let core = Rc::clone(&in_flight.core);
     core.cells.overloaded.add(1);
     let status = StatusCode::SERVICE_UNAVAILABLE;
@@ -244,7 +293,7 @@ pub(crate) fn overloaded<B>(request: &Request, in_flight: InFlight) -> Response<
     let wait = core.settings.overload.retry_after;
     let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
     response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
-    if !request.body().is_end_stream() || core.draining().is_some() {
+    if body_to_come || core.draining().is_some() {
         close_after(&mut response);
     }
     response

@@ -14,14 +14,13 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::StatusCode;
 use http_body::Body as HttpBody;
 use hyper::body::Incoming;
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 
-use super::answer::{Contained, InFlight, closing_text, contain, overloaded, respond};
-use super::outgoing::{self, OUT_OF_TURN, Outgoing};
+use super::answer::{Answering, InFlight, Refusal};
+use super::outgoing::{self, Outgoing};
 use crate::BoxError;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
@@ -73,36 +72,29 @@ impl<S: Service> Speak for Http1<S> {
         let (core, service) = (Rc::clone(&self.core), Rc::clone(&self.service));
         let activity = Rc::clone(&io.activity);
         let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+            // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
+            // too, and moves it there; this one is large. The box is made first, so that the future comes into being in it:
+            // one that is made on the stack is copied, with all the room that it has for what comes later.
+            let place = Box::new_uninit();
             let service = Rc::clone(&service);
-            let refused = is_overloaded(&core);
-            let out_of_turn = activity.is_sending_file();
-            let in_flight = InFlight::begin(&core, &activity);
             let limits = &core.settings.http;
-            let oversized = request.body().size_hint().lower() > limits.body_bytes_max;
+            let refusal = if activity.is_sending_file() {
+                Some(Refusal::OutOfTurn)
+            } else if is_overloaded(&core) {
+                Some(Refusal::Overloaded { body_to_come: !request.body().is_end_stream() })
+            } else if request.body().size_hint().lower() > limits.body_bytes_max {
+                Some(Refusal::Oversized)
+            } else {
+                None
+            };
             let may_go_past_hyper = outgoing::is_possible(request.method(), request.body());
+            let in_flight = InFlight::begin(&core, &activity);
             let request = request.map(|body| {
                 Body::incoming(body, limits.body_bytes_max, limits.body_timeout, &activity.uploads, info.clone())
             });
-            // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
-            // too, and moves it there; this one is large.
-            Box::pin(async move {
-                if out_of_turn {
-                    return Err(OUT_OF_TURN.into());
-                }
-                if refused {
-                    return Ok(overloaded(&request, in_flight));
-                }
-                if oversized {
-                    return Ok::<_, BoxError>(closing_text(StatusCode::PAYLOAD_TOO_LARGE, None, in_flight));
-                }
-                // The call itself is contained too: a service may do its work before it returns a future. Not within that
-                // future, which would then keep room for the request twice.
-                let result = match contain(|| service.call(request)) {
-                    Ok(future) => Contained::new(future).await,
-                    Err(panic) => Err(panic),
-                };
-                Ok(respond(result, in_flight, may_go_past_hyper))
-            })
+            // The call is in the future: a service may do its work before it returns one of its own, and panic.
+            let call = async move { service.call(request).await };
+            Box::into_pin(Box::write(place, Answering::new(call, refusal, in_flight, may_go_past_hyper)))
         });
         Box::pin(self.builder.serve_connection(io, answer))
     }
@@ -463,7 +455,7 @@ impl Connection {
             match (&self.stage, deadline) {
                 // Its reader is told, and decides.
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now && self.activity.uploads.end_wait() => {
-                    timer.reset(later(now, look_again));
+                    timer.reset(next_look);
                 }
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now => return self.time_out(),
                 (Stage::Speaking(_), _) if self.activity.is_asleep(&self.core.settings.http, now) => self.hibernate(),
