@@ -78,6 +78,8 @@ struct Generation {
     active: bool,
     /// Whether the supervisor may take it that there is nothing to do.
     parked: bool,
+    /// Whether the last turn ended with a wait in the ring, which has taken in what came.
+    waited: bool,
     /// Up to when the time in turns has been counted; `None` after a sleep.
     counted: Option<Instant>,
     /// Since when it has been asleep; looked at only where requests may be refused.
@@ -118,6 +120,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         handed_over: Instant::now(),
         active: true,
         parked: false,
+        waited: false,
         counted: None,
         asleep_at: None,
         full: false,
@@ -298,7 +301,9 @@ impl Generation {
 
     /// Completions of the ring and what is in the inbox.
     fn take_in(&mut self, seat: &SlotSeat) {
-        self.enter(false);
+        if !std::mem::take(&mut self.waited) {
+            self.enter(false);
+        }
         for listener in self.arrivals.listeners.drain(..) {
             if let Some(acceptor) = &mut self.acceptor {
                 acceptor.note_ready(listener);
@@ -386,13 +391,14 @@ impl Generation {
         if self.has_ended() {
             return;
         }
-        let (core, connect) = (Rc::clone(&self.core), self.connect.borrow().clone());
-        let (Some(acceptor), Some(connect)) = (&mut self.acceptor, connect) else { return };
-        if acceptor.has_work(core.now(), core.cells.open.get()) {
-            self.active = true;
-            acceptor
-                .accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
+        let Some(acceptor) = &mut self.acceptor else { return };
+        if !acceptor.has_work(self.core.now(), self.core.cells.open.get()) {
+            return;
         }
+        let (core, connect) = (Rc::clone(&self.core), self.connect.borrow().clone());
+        let Some(connect) = connect else { return };
+        self.active = true;
+        acceptor.accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
     }
 
     /// Takes over what the supervisor accepted for this executor. Before the service is there it waits.
@@ -531,6 +537,7 @@ impl Generation {
         core.driver().wake_by(self.next_deadline().map_or(latest, |at| at.min(latest)), now);
         self.rest(seat);
         self.enter(true);
+        self.waited = true;
         seat.inbox.awake();
         if core.now().duration_since(self.handed_over) >= due { Next::HandOver } else { Next::Turn }
     }

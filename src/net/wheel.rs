@@ -108,7 +108,8 @@ impl<T> Wheel<T> {
     }
 
     fn tick_before(&self, now: Instant) -> u64 {
-        (now.saturating_duration_since(self.start).as_nanos() / TICK.as_nanos()) as u64
+        // In the tick's own unit: a division of nanoseconds is one of 128 bits, in every turn.
+        (now.saturating_duration_since(self.start).as_millis() / TICK.as_millis()) as u64
     }
 
     /// The first tick at which a slot comes up, on any level.
