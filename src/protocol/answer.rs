@@ -133,15 +133,27 @@ where
 }
 
 pin_project! {
-    /// A response's body: the service's, or a text of ours.
+    /// A response's body.
     pub(crate) struct AnswerBody<B> {
         #[pin]
-        body: Option<B>,
-        text: Option<Bytes>,
-        // Dropped with the body, when hyper is done with it. Without one, the content goes past hyper and this is what
-        // hyper gets: no bytes, in a body that is not known to be empty, for with one that is hyper leaves out a
-        // `content-length`.
+        content: Content<B>,
+        // Dropped with the body, when hyper is done with it. One whose content goes past hyper has none.
         in_flight: Option<InFlight>,
+    }
+}
+
+pin_project! {
+    #[project = ContentProjected]
+    enum Content<B> {
+        /// The service's body.
+        Service { #[pin] body: B },
+        /// Of ours, and not yet taken.
+        Text { text: Bytes },
+        /// A text that has been taken.
+        Taken,
+        /// It goes past hyper, which gets no bytes, in a body that is not known to be empty: for with one that is hyper
+        /// leaves out a `content-length`.
+        PastHyper,
     }
 }
 
@@ -183,10 +195,15 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, BoxError>>> {
         let mut this = self.project();
-        if let Some(text) = this.text.take() {
-            return Poll::Ready(Some(Ok(Frame::data(Chunk::Text(text)))));
-        }
-        let Some(body) = this.body.as_mut().as_pin_mut() else { return Poll::Ready(None) };
+        let body = match this.content.as_mut().project() {
+            ContentProjected::Service { body } => body,
+            ContentProjected::Text { text } => {
+                let text = std::mem::take(text);
+                this.content.set(Content::Taken);
+                return Poll::Ready(Some(Ok(Frame::data(Chunk::Text(text)))));
+            }
+            ContentProjected::Taken | ContentProjected::PastHyper => return Poll::Ready(None),
+        };
         match catch_unwind(AssertUnwindSafe(|| body.poll_frame(context))) {
             Ok(polled) => polled
                 .map(|frame| frame.map(|frame| frame.map(|frame| frame.map_data(Chunk::Service)).map_err(Into::into))),
@@ -203,14 +220,18 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.in_flight.is_some() && self.text.is_none() && self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+        match &self.content {
+            Content::Service { body } => body.is_end_stream(),
+            Content::Text { .. } | Content::PastHyper => false,
+            Content::Taken => true,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match (&self.text, &self.body) {
-            (Some(text), _) => SizeHint::with_exact(text.len() as u64),
-            (None, Some(body)) => body.size_hint(),
-            (None, None) => SizeHint::with_exact(0),
+        match &self.content {
+            Content::Service { body } => body.size_hint(),
+            Content::Text { text } => SizeHint::with_exact(text.len() as u64),
+            Content::Taken | Content::PastHyper => SizeHint::with_exact(0),
         }
     }
 }
@@ -247,9 +268,9 @@ fn content<B: HttpBody + 'static>(
     if may_go_past_hyper && let Some(file) = outgoing::take_file(&mut response) {
         let activity = Rc::clone(&in_flight.activity);
         activity.send_file(Outgoing::new(file, in_flight));
-        return response.map(|_| AnswerBody { body: None, text: None, in_flight: None });
+        return response.map(|_| AnswerBody { content: Content::PastHyper, in_flight: None });
     }
-    response.map(|body| AnswerBody { body: Some(body), text: None, in_flight: Some(in_flight) })
+    response.map(|body| AnswerBody { content: Content::Service { body }, in_flight: Some(in_flight) })
 }
 
 /// Makes this the connection's last response.
@@ -302,8 +323,8 @@ fn overloaded<B>(body_to_come: bool, in_flight: InFlight) -> Response<AnswerBody
 /// A response with a line of text: `why`, or the status in words.
 fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let line = why.unwrap_or_else(|| status.canonical_reason().unwrap_or("error").to_owned());
-    let text = Some(Bytes::from(format!("{line}\n")));
-    let mut response = Response::new(AnswerBody { body: None, text, in_flight: Some(in_flight) });
+    let content = Content::Text { text: Bytes::from(format!("{line}\n")) };
+    let mut response = Response::new(AnswerBody { content, in_flight: Some(in_flight) });
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);

@@ -21,7 +21,7 @@ use hyper::server::conn::http1;
 
 use super::answer::{Answering, InFlight, Refusal};
 use super::outgoing::{self, Outgoing};
-use crate::BoxError;
+use super::spares::Spares;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
 use crate::executor::generation::DRAIN_GRACE;
@@ -31,6 +31,7 @@ use crate::server::Connect;
 use crate::service::Service;
 use crate::settings::HttpLimits;
 use crate::time::{Sleep, later};
+use crate::{BoxError, Request, Response};
 
 /// Bytes of a request that was not read that are thrown away before the connection is closed.
 const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -39,64 +40,92 @@ const LINGER_BYTES_MAX: usize = 4 * 1024 * 1024;
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Serves connections of one generation with its service.
-pub(crate) struct Http1<S> {
+pub(crate) struct Http1 {
     core: Rc<Core>,
-    service: Rc<S>,
-    builder: http1::Builder,
+    speak: Rc<dyn Speak>,
 }
 
-impl<S: Service> Http1<S> {
-    pub(crate) fn new(core: Rc<Core>, service: S) -> Self {
-        let limits = &core.settings.http;
-        let mut builder = http1::Builder::new();
-        builder
-            // A client may close its half after the request and still wait for the answer; for how long, and whether it
-            // has gone altogether, is ours to tell: hyper would not even poll the handler.
-            .half_close(true)
-            .max_headers(limits.headers_max)
-            .max_header_size(limits.header_bytes_max)
-            .max_buf_size(limits.header_bytes_max.max(8192))
-            // Ours tell idle from slow; hyper's runs from the end of the last response.
-            .header_read_timeout(None);
-        Self { core, service: Rc::new(service), builder }
+impl Http1 {
+    pub(crate) fn new<S: Service>(core: Rc<Core>, service: S) -> Self {
+        let service = Rc::new(service);
+        let speak = speaker(&core, move |request| {
+            let service = Rc::clone(&service);
+            // The call is in the future: a service may do its work before it returns one of its own, and panic.
+            async move { service.call(request).await }
+        });
+        Self { core, speak }
     }
 }
 
 /// Makes hyper's connection on an I/O.
 trait Speak {
-    fn speak(&self, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>>;
+    fn speak(self: Rc<Self>, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>>;
 }
 
-impl<S: Service> Speak for Http1<S> {
-    fn speak(&self, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>> {
-        let (core, service) = (Rc::clone(&self.core), Rc::clone(&self.service));
-        let activity = Rc::clone(&io.activity);
+/// Has requests answered by the futures that `answer` makes.
+struct Speaker<A, F> {
+    core: Rc<Core>,
+    builder: http1::Builder,
+    answer: A,
+    /// For the time of a request: hyper keeps room for a future of its service on every connection, idle ones too, and
+    /// moves it there; these are large.
+    places: Rc<Spares<Answering<F>>>,
+}
+
+fn speaker<A, F, B>(core: &Rc<Core>, answer: A) -> Rc<dyn Speak>
+where
+    A: Fn(Request) -> F + 'static,
+    F: Future<Output = Result<Response<B>, BoxError>> + 'static,
+    B: HttpBody<Data: 'static, Error: Into<BoxError>> + 'static,
+{
+    let limits = &core.settings.http;
+    let mut builder = http1::Builder::new();
+    builder
+        // A client may close its half after the request and still wait for the answer; for how long, and whether it
+        // has gone altogether, is ours to tell: hyper would not even poll the handler.
+        .half_close(true)
+        .max_headers(limits.headers_max)
+        .max_header_size(limits.header_bytes_max)
+        .max_buf_size(limits.header_bytes_max.max(8192))
+        // Ours tell idle from slow; hyper's runs from the end of the last response.
+        .header_read_timeout(None);
+    Rc::new(Speaker { core: Rc::clone(core), builder, answer, places: Spares::new() })
+}
+
+impl<A, F, B> Speak for Speaker<A, F>
+where
+    A: Fn(Request) -> F + 'static,
+    F: Future<Output = Result<Response<B>, BoxError>> + 'static,
+    B: HttpBody<Data: 'static, Error: Into<BoxError>> + 'static,
+{
+    fn speak(self: Rc<Self>, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>> {
+        let (speaker, activity) = (Rc::clone(&self), Rc::clone(&io.activity));
         let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
-            // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
-            // too, and moves it there; this one is large. The box is made first, so that the future comes into being in it:
-            // one that is made on the stack is copied, with all the room that it has for what comes later.
-            let place = Box::new_uninit();
-            let service = Rc::clone(&service);
+            let core = &speaker.core;
+            let refusal = refusal_of(&request, core, &activity);
             let limits = &core.settings.http;
-            let refusal = if activity.is_sending_file() {
-                Some(Refusal::OutOfTurn)
-            } else if is_overloaded(&core) {
-                Some(Refusal::Overloaded { body_to_come: !request.body().is_end_stream() })
-            } else if request.body().size_hint().lower() > limits.body_bytes_max {
-                Some(Refusal::Oversized)
-            } else {
-                None
-            };
             let may_go_past_hyper = outgoing::is_possible(request.method(), request.body());
-            let in_flight = InFlight::begin(&core, &activity);
+            let in_flight = InFlight::begin(core, &activity);
             let request = request.map(|body| {
                 Body::incoming(body, limits.body_bytes_max, limits.body_timeout, &activity.uploads, info.clone())
             });
-            // The call is in the future: a service may do its work before it returns one of its own, and panic.
-            let call = async move { service.call(request).await };
-            Box::into_pin(Box::write(place, Answering::new(call, refusal, in_flight, may_go_past_hyper)))
+            let call = (speaker.answer)(request);
+            speaker.places.place(Answering::new(call, refusal, in_flight, may_go_past_hyper))
         });
         Box::pin(self.builder.serve_connection(io, answer))
+    }
+}
+
+/// Why this request does not get to the service, if it does not.
+fn refusal_of(request: &http::Request<Incoming>, core: &Core, activity: &Activity) -> Option<Refusal> {
+    if activity.is_sending_file() {
+        Some(Refusal::OutOfTurn)
+    } else if is_overloaded(core) {
+        Some(Refusal::Overloaded { body_to_come: !request.body().is_end_stream() })
+    } else if request.body().size_hint().lower() > core.settings.http.body_bytes_max {
+        Some(Refusal::Oversized)
+    } else {
+        None
     }
 }
 
@@ -106,16 +135,16 @@ fn is_overloaded(core: &Core) -> bool {
     shedder.is_some_and(|shedder| shedder.borrow_mut().refuses(core.cells.in_flight.get(), Instant::now))
 }
 
-impl<S: Service> Connect for Http1<S> {
+impl Connect for Http1 {
     fn connect(self: Rc<Self>, stream: Stream, peer: SocketAddr, listener: &Arc<str>) -> LocalFuture {
         let core = Rc::clone(&self.core);
         let activity = Rc::new(Activity::new(core.now()));
         let deadline = activity.deadline(&core.settings.http);
         let socket = stream.key();
-        let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core), replay: Bytes::new() };
+        let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core), replay: None };
         Box::pin(Connection {
             core,
-            speak: self,
+            speak: Rc::clone(&self.speak),
             socket,
             peer,
             listener: Arc::clone(listener),
@@ -276,7 +305,7 @@ where
     fn into_io(self: Pin<Box<Self>>) -> HttpIo {
         let parts = (*Pin::into_inner(self)).into_parts();
         // Empty it would still keep hyper's buffer.
-        let replay = if parts.read_buf.is_empty() { Bytes::new() } else { parts.read_buf };
+        let replay = (!parts.read_buf.is_empty()).then(|| Box::new(parts.read_buf));
         HttpIo { replay, ..parts.io }
     }
 }
@@ -355,7 +384,7 @@ impl Connection {
         loop {
             match &mut self.stage {
                 Stage::Silent(io) => {
-                    if io.replay.is_empty() {
+                    if io.replay.is_none() {
                         ready!(io.stream.poll_readable(context));
                     }
                     self.begin_to_speak();
@@ -407,7 +436,7 @@ impl Connection {
     fn begin_to_speak(&mut self) {
         if let Stage::Silent(io) = std::mem::replace(&mut self.stage, Stage::Done) {
             let info = ConnectionInfo::new(Some(self.peer), &self.listener);
-            self.stage = Stage::Speaking(self.speak.speak(io, info));
+            self.stage = Stage::Speaking(Rc::clone(&self.speak).speak(io, info));
             self.timer = Some(Sleep::until(self.next_look()));
         }
     }
@@ -416,7 +445,7 @@ impl Connection {
     fn hibernate(&mut self) {
         if let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done) {
             let io = speaking.into_io();
-            if !io.replay.is_empty() {
+            if io.replay.is_some() {
                 self.activity.head_since.set(Some(self.activity.quiet_since.get()));
             }
             self.stage = Stage::Silent(io);
@@ -508,8 +537,9 @@ struct HttpIo {
     stream: Stream,
     activity: Rc<Activity>,
     core: Rc<Core>,
-    /// Bytes that were read before and not used: to be read again first.
-    replay: Bytes,
+    /// Bytes that were read before and not used: to be read again first. Never empty; boxed, for hardly any connection
+    /// has them.
+    replay: Option<Box<Bytes>>,
 }
 
 impl hyper::rt::Read for HttpIo {
@@ -519,9 +549,12 @@ impl hyper::rt::Read for HttpIo {
         mut buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if !this.replay.is_empty() {
-            let count = this.replay.len().min(buffer.remaining());
-            buffer.put_slice(&this.replay.split_to(count));
+        if let Some(replay) = &mut this.replay {
+            let count = replay.len().min(buffer.remaining());
+            buffer.put_slice(&replay.split_to(count));
+            if replay.is_empty() {
+                this.replay = None;
+            }
             this.activity.bytes_came(this.core.now());
             return Poll::Ready(Ok(()));
         }
