@@ -192,7 +192,8 @@ impl Core {
             draining: Cell::new(None),
             patience: Cell::new(Duration::ZERO),
             drain_watchers: RefCell::new(Slab::new()),
-            hibernated: Cell::new(0),
+            // As many as are worth a round: what the generation before has left is to go as well.
+            hibernated: Cell::new(GIVE_BACK_MIN),
             failure: OnceCell::new(),
             escalator,
             lines: RefCell::default(),
@@ -329,6 +330,7 @@ impl Core {
 
     /// To be called when there is nothing to do: passes freed memory on to the system when it is worth the time.
     pub(crate) fn give_memory_back(&self) {
+        self.driver().ring().give_memory_back();
         if self.hibernated.get() >= GIVE_BACK_MIN {
             self.hibernated.set(0);
             memory::give_back();

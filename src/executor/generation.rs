@@ -522,7 +522,10 @@ impl Generation {
                 self.enter(false);
                 return Next::Turn;
             }
-            core.give_memory_back();
+            // Not at the first park: a burst may follow the other within less than a second.
+            if self.parked && !glommio_works {
+                core.give_memory_back();
+            }
             return Next::Park(
                 self.next_deadline().map_or(PARK_MAX, |at| at.saturating_duration_since(now)).min(PARK_MAX),
             );

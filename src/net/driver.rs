@@ -467,6 +467,9 @@ impl Driver {
         while let Some(key) = self.touched.pop() {
             self.spill(key);
         }
+        if !self.starved.is_empty() {
+            self.ring.offer_more_buffers();
+        }
         while let Some(key) = self.starved.pop() {
             if self.sockets.get(key as usize).is_some_and(|socket| socket.unread.len() < UNREAD_BYTES_MAX) {
                 self.arm(key);

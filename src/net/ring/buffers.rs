@@ -15,10 +15,6 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    pub(super) fn taken(id: u16, len: u32) -> Self {
-        Self { id, len }
-    }
-
     pub(crate) fn len(&self) -> usize {
         self.len as usize
     }
@@ -28,15 +24,28 @@ impl Buffer {
 /// nothing but the starts: two lines of distance spread them.
 const STAGGER: usize = 128;
 
-/// `count` buffers of `bytes` each, all offered to the kernel at first.
+/// Buffers offered to the kernel at first. It takes them in turn, the one given back last after all others, so each that is
+/// offered is touched before long: one is to be offered when there is a use for it, and not before.
+const OFFERED_AT_FIRST: u16 = 64;
+
+/// Buffers used since their pages were given back from which on it is worth doing again.
+const GIVE_BACK_MIN: u16 = 256;
+
+/// `count` buffers of `bytes` each, some of them offered to the kernel.
 pub(super) struct Buffers {
     map: Map,
     count: u16,
+    /// Those below are offered or taken, those from here on have never been.
+    offered: u16,
+    /// Buffers that the kernel has filled and that have not been recycled.
+    taken: u16,
     bytes: u32,
     /// Bytes from the start of one buffer to that of the next.
     stride: usize,
     /// Free-running index of the next entry to publish.
     tail: u16,
+    /// `tail` when the pages were given back last.
+    given_back_at: u16,
 }
 
 impl Buffers {
@@ -45,11 +54,39 @@ impl Buffers {
         let entries = usize::from(count) * size_of::<BufRingEntry>();
         let stride = bytes as usize + STAGGER;
         let map = Map::new(entries.next_multiple_of(4096), usize::from(count) * stride)?;
-        let mut buffers = Self { map, count, bytes, stride, tail: 0 };
-        for id in 0..count {
-            buffers.publish(id);
-        }
+        let mut buffers = Self { map, count, offered: 0, taken: 0, bytes, stride, tail: 0, given_back_at: 0 };
+        buffers.offer(OFFERED_AT_FIRST);
         Ok(buffers)
+    }
+
+    /// Offers so many more, if there are.
+    fn offer(&mut self, more: u16) {
+        let offered = self.offered.saturating_add(more).min(self.count);
+        (self.offered..offered).for_each(|id| self.publish(id));
+        self.offered = offered;
+    }
+
+    /// The kernel found none: offers as many again.
+    pub(super) fn offer_more(&mut self) {
+        self.offer(self.offered);
+    }
+
+    /// The kernel has filled one, of this id and with so many bytes, and handed it out.
+    pub(super) fn take(&mut self, id: u16, len: u32) -> Buffer {
+        self.taken += 1;
+        Buffer { id, len }
+    }
+
+    /// Gives the pages of the buffers back to the system, when many have been used and none is held. Those that are used
+    /// next cost a page fault each.
+    pub(super) fn give_back(&mut self) {
+        if self.taken == 0 && self.tail.wrapping_sub(self.given_back_at) >= GIVE_BACK_MIN {
+            self.given_back_at = self.tail;
+            let length = usize::from(self.count) * self.stride;
+            // SAFETY: the data part of the map, which begins with a page. No `Buffer` is about, so nobody reads it; the kernel
+            // writes to it by its addresses, as anybody does, and meets fresh pages. A failure leaves things as they are.
+            unsafe { libc::madvise(self.map.data.as_ptr().cast(), length, libc::MADV_DONTNEED) };
+        }
     }
 
     pub(super) fn ring_address(&self) -> u64 {
@@ -68,7 +105,14 @@ impl Buffers {
     }
 
     pub(super) fn recycle(&mut self, buffer: Buffer) {
+        self.taken -= 1;
         self.publish(buffer.id);
+    }
+
+    /// The memory of all buffers.
+    #[cfg(test)]
+    pub(super) fn data(&self) -> (*mut u8, usize) {
+        (self.map.data.as_ptr(), usize::from(self.count) * self.stride)
     }
 
     fn address(&self, id: u16) -> *mut u8 {

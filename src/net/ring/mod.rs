@@ -42,7 +42,8 @@ const ENTER_NO_IOWAIT: u32 = 1 << 7;
 /// Size of the receive side of a ring.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RingOptions {
-    /// Number of provided receive buffers; a power of two, at most 32768.
+    /// Number of provided receive buffers at most; a power of two, at most 32768. A few are offered at first, more when
+    /// they do not suffice.
     pub buffers: u16,
     /// Bytes of each.
     pub buffer_bytes: u32,
@@ -255,14 +256,14 @@ impl Ring {
 
     /// Moves what the kernel has completed into `completions`.
     pub(crate) fn reap(&mut self, completions: &mut Vec<Completion>) {
-        let Self { ring, operations, .. } = self;
+        let Self { ring, operations, buffers, .. } = self;
         for entry in ring.completion() {
             let key = entry.user_data() as usize;
             let (result, flags) = (entry.result(), entry.flags());
             let more = cqueue::more(flags);
             // SAFETY of the buffer id: the kernel names a buffer of our only group; it left the group with this
             // completion and comes back through `recycle`.
-            let buffer = cqueue::buffer_select(flags).map(|id| Buffer::taken(id, result.max(0) as u32));
+            let buffer = cqueue::buffer_select(flags).map(|id| buffers.take(id, result.max(0) as u32));
             let (purpose, sent) = if more {
                 (operations[key].purpose, Vec::new())
             } else {
@@ -281,6 +282,17 @@ impl Ring {
     /// Gives a buffer back to the kernel.
     pub(crate) fn recycle(&mut self, buffer: Buffer) {
         self.buffers.recycle(buffer);
+    }
+
+    /// To be called when a receive has ended for want of buffers.
+    pub(crate) fn offer_more_buffers(&mut self) {
+        self.buffers.offer_more();
+    }
+
+    /// To be called when nothing has been received for a while: gives the memory of buffers back to the system when it is
+    /// worth the time.
+    pub(crate) fn give_memory_back(&mut self) {
+        self.buffers.give_back();
     }
 
     /// Operations the kernel still has.

@@ -224,6 +224,65 @@ fn buffers_run_out_and_come_back() {
     assert_eq!(received, text[..received.len()]);
 }
 
+/// Receives until the receive ends, and says how many buffers that took.
+fn drain(ring: &mut Ring, socket: impl AsFd) -> usize {
+    ring.receive(socket.as_fd(), 0);
+    let completions = reap_until(ring, "the receive's end", |all| all.last().is_some_and(|last| !last.more));
+    let buffers: Vec<Buffer> = completions.into_iter().filter_map(|completion| completion.buffer).collect();
+    let count = buffers.len();
+    buffers.into_iter().for_each(|buffer| ring.recycle(buffer));
+    count
+}
+
+#[test]
+fn more_buffers_are_offered_only_when_there_are_too_few() {
+    let mut ring = ring(RingOptions { buffers: 256, buffer_bytes: 16 });
+    // Every receive ends for want of buffers: a run of the kernel's is shorter than what is sent, and goes on.
+    let mut round = || {
+        let (ours, mut peer) = pair();
+        peer.write_all(&[1; 16 * 300]).expect("room");
+        let count = drain(&mut ring, &ours);
+        ring.offer_more_buffers();
+        count
+    };
+    assert_eq!([round(), round(), round(), round()], [64, 128, 256, 256]);
+}
+
+#[test]
+fn buffers_whose_memory_was_given_back_are_used_again() {
+    let mut ring = ring(RingOptions { buffers: 4, buffer_bytes: 4096 });
+    let resident = |ring: &Ring| {
+        let (start, length) = ring.buffers.data();
+        let mut pages = vec![0_u8; length.div_ceil(4096)];
+        // SAFETY: it asks about the map that the ring holds; one byte for each of its pages.
+        assert_eq!(unsafe { libc::mincore(start.cast(), length, pages.as_mut_ptr()) }, 0);
+        pages.iter().filter(|page| **page & 1 == 1).count()
+    };
+    let use_often = |ring: &mut Ring| {
+        for _ in 0..100 {
+            let (ours, mut peer) = pair();
+            peer.write_all(&[1; 5 * 4096]).expect("room");
+            assert_eq!(drain(ring, &ours), 4);
+        }
+    };
+    for _ in 0..2 {
+        use_often(&mut ring);
+        assert!(resident(&ring) >= 4);
+        ring.give_memory_back();
+        assert_eq!(resident(&ring), 0);
+    }
+    // One that is held keeps them all.
+    use_often(&mut ring);
+    let (ours, mut peer) = pair();
+    ring.receive(ours.as_fd(), 0);
+    peer.write_all(b"held").expect("room");
+    let held = reap_until(&mut ring, "four bytes", |all| !all.is_empty()).pop().and_then(|one| one.buffer);
+    let held = held.expect("four bytes need a buffer");
+    ring.give_memory_back();
+    assert_eq!(ring.bytes(&held), b"held");
+    ring.recycle(held);
+}
+
 /// The id and address of each buffer stay together however often they go round and in whatever order they come back.
 #[test]
 fn buffers_recycled_in_any_order_never_overlap() {
@@ -477,5 +536,7 @@ fn a_ring_gives_every_descriptor_back() {
 #[test]
 #[should_panic(expected = "a buffer of another ring")]
 fn a_buffer_of_a_larger_ring_is_refused() {
-    ring(SMALL).bytes(&Buffer::taken(4, 1));
+    let mut ring = ring(SMALL);
+    let foreign = ring.buffers.take(4, 1);
+    ring.bytes(&foreign);
 }
