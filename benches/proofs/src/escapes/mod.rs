@@ -31,6 +31,8 @@ const FAILED_MAX: usize = 5;
 const EXECUTORS: usize = 4;
 /// Clients that look out for the next generation, without a pause.
 const PROBES: usize = 4;
+/// An executor gives memory back when it has been idle for a second or so.
+const GIVE_BACK: Duration = Duration::from_secs(3);
 /// "From the 10th on."
 const FIRST_REST: usize = 10;
 
@@ -93,6 +95,7 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     for until in [first, middle, arguments.count] {
         series(arguments, &stage, &server, done, until).await?;
         done = until;
+        sleep(GIVE_BACK).await;
         let rest = server.settled(Duration::from_secs(15)).await?;
         println!("  at rest after {done}: fds {}, threads {}, RSS {}", rest.fds, rest.threads, bytes(rest.rss as f64));
         rests.push(rest);
