@@ -124,7 +124,7 @@ where
     Fut: Future<Output = R> + 'static,
     R: Send + 'static,
 {
-    let (exchange, call) = Call::new(message);
+    let (exchange, call) = Call::new(message, directory.number());
     let job = Job::Call(Errand::new(exchange.clone()));
     if let Err((refusal, job)) = directory.post(to.0, job) {
         // Before the job's drop, which would call it lost.
@@ -152,8 +152,8 @@ where
                 running.core.contained(Scene::Message, panic);
                 PeerError::Panicked
             });
-            drop(running);
-            promise.keep(outcome);
+            let core = running.end();
+            promise.keep(outcome, &core.directory);
         }));
     }
 
@@ -172,6 +172,10 @@ impl Running {
     fn new(core: &Rc<Core>, key: CallKey) -> Self {
         add(&core.calls, 1);
         Self { core: Rc::clone(core), key }
+    }
+
+    fn end(self) -> Rc<Core> {
+        Rc::clone(&self.core)
     }
 }
 

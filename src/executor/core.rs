@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use super::cells::Cells;
-use super::directory::Directory;
+use super::directory::{Directory, TaskKey};
 use super::inbox::Inbox;
 use super::overload::Shedder;
 use super::slot::SlotSeat;
 use super::states::States;
-use super::tasks::{LocalFuture, OnPanic, Tasks};
+use super::tasks::{self, LocalFuture, OnPanic, Tasks};
 use crate::blocking::Pool;
 use crate::net::driver::Driver;
 use crate::net::ring::RingOptions;
@@ -226,6 +226,13 @@ impl Core {
         RefMut::map(self.driver.borrow_mut(), |driver| {
             driver.as_mut().expect("the generation of this socket has ended")
         })
+    }
+
+    /// The task that is being polled on this thread, if `waker` is its own, and its executor is of the server whose directory
+    /// has this number.
+    pub(crate) fn task_of(waker: &Waker, directory: u64) -> Option<TaskKey> {
+        let core = Self::current().filter(|core| core.directory.number() == directory)?;
+        tasks::polled(waker).map(|index| TaskKey { slot: core.slot, index })
     }
 
     /// The driver, unless the generation has ended.

@@ -8,7 +8,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
 
 use super::inbox::{Inbox, Job, Posted, Refusal};
@@ -24,9 +24,18 @@ struct Rows {
     members: Box<[AtomicBool]>,
 }
 
+/// A task of an executor, as the others of its server find it. It outlives the task: what is woken by it then is nobody, or
+/// another task in vain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TaskKey {
+    pub slot: u16,
+    pub index: u32,
+}
+
 /// Empty until the server is started.
-#[derive(Default)]
 pub(crate) struct Directory {
+    /// Unlike that of any other in the process.
+    number: u64,
     rows: OnceLock<Rows>,
     /// Chosen by chance, so that nobody can send keys that all have the same owner.
     hasher: RandomState,
@@ -47,7 +56,20 @@ impl Drop for AtWork {
     }
 }
 
+static NUMBER: AtomicU64 = AtomicU64::new(0);
+
+impl Default for Directory {
+    fn default() -> Self {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Self { number, rows: OnceLock::new(), hasher: RandomState::new(), at_work: AtomicUsize::new(0) }
+    }
+}
+
 impl Directory {
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
     /// Puts in the inbox of each slot, in order; false when that was done before.
     pub(crate) fn fill<'a>(&self, inboxes: impl Iterator<Item = &'a Arc<Inbox>>) -> bool {
         let inboxes: Box<[Row]> = inboxes.map(|inbox| Row(RwLock::new(Some(Arc::clone(inbox))))).collect();
@@ -128,6 +150,16 @@ impl Directory {
         }
         Ok(())
     }
+
+    /// Wakes a task, unless its executor has ended. What its own waker would do, without touching that: it stays in the
+    /// cache of the task's processor.
+    pub(crate) fn wake(&self, task: TaskKey) {
+        let Some(row) = self.rows.get().and_then(|rows| rows.inboxes.get(usize::from(task.slot))) else { return };
+        let seated = row.0.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inbox) = seated.as_ref() {
+            inbox.wake(task.index);
+        }
+    }
 }
 
 /// How much a slot wants a key: the finish of splitmix64, which lets every bit of both count.
@@ -186,7 +218,10 @@ mod tests {
         directory.seat(0, &second);
         assert_eq!((refusal(0), second.jobs()), (None, 1));
         assert_eq!(refusal(1), Some(Refusal::Down), "there is no such slot");
+        (0..2).for_each(|slot| directory.wake(TaskKey { slot, index: 7 }));
+        assert_eq!((second.next_wake(), second.next_wake()), (Some(7), None));
         directory.clear();
+        directory.wake(TaskKey { slot: 0, index: 7 });
         assert_eq!(refusal(0), Some(Refusal::Down));
     }
 }

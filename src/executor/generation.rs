@@ -74,7 +74,7 @@ struct Generation {
     /// Whether it has to wait for the others to finish as well: they may ask it, and whole servers drain for nobody else.
     waits_for_others: bool,
     handed_over: Instant,
-    /// Whether anything but a tick came since the last sleep.
+    /// Whether anything but a tick came since the last sleep, or a task was polled.
     active: bool,
     /// Whether the supervisor may take it that there is nothing to do.
     parked: bool,
@@ -243,6 +243,8 @@ impl Generation {
         self.accept();
         self.note_fullness(seat);
         if core.tasks.ready() > 0 {
+            // What a timer woke may have called other executors: the answers are nearer than glommio.
+            self.active = true;
             self.rouse(seat);
         }
         core.driver().begin_turn(core.tasks.ready());

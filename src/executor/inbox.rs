@@ -159,7 +159,8 @@ pub(crate) struct Inbox {
     jobs: ArrayQueue<Job>,
     /// From the supervisor only, which counts them against the executor's limit on connections.
     handed: SegQueue<Handed>,
-    /// Tasks woken from other threads; bounded by the number of tasks, for a task is queued once.
+    /// Tasks woken from other threads; bounded by the number of tasks and of calls they have made, for a task is queued once,
+    /// and once for each answer.
     wakes: SegQueue<u32>,
     /// [`ASLEEP`], [`OPEN`], and in units of [`ANNOUNCED`] the announcements.
     said: Apart<AtomicUsize>,

@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll, RawWakerVTable, Wake, Waker};
 
 use slab::Slab;
 
@@ -32,8 +32,14 @@ pub(crate) enum OnPanic {
 
 thread_local! {
     /// Tasks that are ready on the generation that lives on this thread.
-    static READY: Ready =
-        const { Ready { serial: Cell::new(0), queue: RefCell::new(VecDeque::new()), sleeper: RefCell::new(None) } };
+    static READY: Ready = const {
+        Ready {
+            serial: Cell::new(0),
+            queue: RefCell::new(VecDeque::new()),
+            sleeper: RefCell::new(None),
+            polled: Cell::new(None),
+        }
+    };
 }
 
 struct Ready {
@@ -42,6 +48,29 @@ struct Ready {
     queue: RefCell<VecDeque<u32>>,
     /// The main future's waker while it sleeps through glommio, whose files wake tasks of ours on this very thread.
     sleeper: RefCell<Option<Waker>>,
+    /// The task that is being polled.
+    polled: Cell<Option<Polled>>,
+}
+
+/// A task by its number and, as addresses, by its waker.
+#[derive(Clone, Copy)]
+struct Polled {
+    index: u32,
+    data: *const (),
+    functions: *const RawWakerVTable,
+}
+
+impl Polled {
+    fn new(index: u32, waker: &Waker) -> Self {
+        Self { index, data: waker.data(), functions: waker.vtable() }
+    }
+}
+
+/// The number of the task that is being polled on this thread, if `waker` is its own.
+pub(crate) fn polled(waker: &Waker) -> Option<u32> {
+    let polled = READY.with(|ready| ready.polled.get())?;
+    let own = polled.data == waker.data() && std::ptr::eq(polled.functions, waker.vtable());
+    own.then_some(polled.index)
 }
 
 /// Wakes the main future of this thread if it sleeps through glommio.
@@ -84,14 +113,32 @@ impl Wake for Handle {
 
 struct Task {
     future: LocalFuture,
-    handle: Arc<Handle>,
-    waker: Waker,
+    seat: Seat,
     on_panic: OnPanic,
 }
+
+/// A row, and what wakes the task in it.
+struct Seat {
+    index: u32,
+    handle: Arc<Handle>,
+    waker: Waker,
+}
+
+impl Seat {
+    /// Whether nobody can wake the task that was here, but by what is queued already.
+    fn is_forgotten(&self) -> bool {
+        Arc::strong_count(&self.handle) == OWN_HANDLES
+    }
+}
+
+/// Those of a seat: one as such, one in its waker.
+const OWN_HANDLES: usize = 2;
 
 /// A row is `None` while its task is being polled.
 pub(crate) struct Tasks {
     rows: RefCell<Slab<Option<Task>>>,
+    /// The seat of the last task that [began](Tasks::add_begun) and ended at once, for the next one.
+    spare: Cell<Option<Seat>>,
     serial: u64,
     inbox: Arc<Inbox>,
 }
@@ -103,39 +150,51 @@ impl Tasks {
             ready.serial.set(serial);
             ready.queue.borrow_mut().clear();
         });
-        Self { rows: RefCell::new(Slab::new()), serial, inbox }
+        Self { rows: RefCell::new(Slab::new()), spare: Cell::new(None), serial, inbox }
     }
 
     /// Adds a task, ready to be polled in the next turn.
     pub(crate) fn add(&self, future: LocalFuture, on_panic: OnPanic) {
-        let (_, waker) = self.insert(future, on_panic);
+        let seat = self.seat();
+        let (index, waker) = (seat.index, seat.waker.clone());
+        self.rows.borrow_mut()[index as usize] = Some(Task { future, seat, on_panic });
         waker.wake();
     }
 
     /// Adds a task and polls it at once, before those that are ready.
+    ///
+    /// Most end by that, and wake nobody later: they have one seat in turns, which saves each its allocation and a dozen
+    /// atomic additions.
     pub(crate) fn add_begun(&self, future: LocalFuture, on_panic: OnPanic, mut panicked: impl FnMut(OnPanic, Panic)) {
-        let (index, _) = self.insert(future, on_panic);
-        self.poll(index, &mut panicked);
+        let seat = self.spare.take().unwrap_or_else(|| self.seat());
+        if let Some(seat) = self.poll_task(Task { future, seat, on_panic }, &mut panicked) {
+            if seat.is_forgotten() {
+                seat.handle.queued.store(false, Ordering::Relaxed);
+                let before = self.spare.replace(Some(seat));
+                self.leave(before);
+            } else {
+                self.leave(Some(seat));
+            }
+        }
     }
 
-    fn insert(&self, future: LocalFuture, on_panic: OnPanic) -> (u32, Waker) {
-        let mut rows = self.rows.borrow_mut();
-        let row = rows.vacant_entry();
-        let index = row.key() as u32;
-        let handle = Arc::new(Handle {
-            index,
-            serial: self.serial,
-            queued: AtomicBool::new(false),
-            inbox: Arc::clone(&self.inbox),
-        });
-        let waker = Waker::from(Arc::clone(&handle));
-        row.insert(Some(Task { future, handle, waker: waker.clone(), on_panic }));
-        (index, waker)
+    /// A row of its own for a task, empty yet.
+    fn seat(&self) -> Seat {
+        let index = self.rows.borrow_mut().insert(None) as u32;
+        let queued = AtomicBool::new(false);
+        let handle = Arc::new(Handle { index, serial: self.serial, queued, inbox: Arc::clone(&self.inbox) });
+        Seat { index, waker: Waker::from(Arc::clone(&handle)), handle }
+    }
+
+    fn leave(&self, seat: Option<Seat>) {
+        if let Some(seat) = seat {
+            self.rows.borrow_mut().try_remove(seat.index as usize);
+        }
     }
 
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
-        self.rows.borrow().len()
+        self.rows.borrow().iter().filter(|(_, task)| task.is_some()).count()
     }
 
     /// Queues tasks that were woken from other threads, before those that are ready: they have waited for this turn
@@ -153,7 +212,7 @@ impl Tasks {
     pub(crate) fn wake_all(&self) {
         for (_, task) in self.rows.borrow().iter() {
             if let Some(task) = task {
-                task.waker.wake_by_ref();
+                task.seat.waker.wake_by_ref();
             }
         }
     }
@@ -191,24 +250,33 @@ impl Tasks {
 
     fn poll(&self, index: u32, panicked: &mut impl FnMut(OnPanic, Panic)) {
         // A wake may come for a task that has ended, or for its successor in the row: a needless poll at the worst.
-        let Some(mut task) = self.rows.borrow_mut().get_mut(index as usize).and_then(Option::take) else { return };
-        task.handle.queued.swap(false, Ordering::AcqRel);
-        let mut context = Context::from_waker(&task.waker);
+        let Some(task) = self.rows.borrow_mut().get_mut(index as usize).and_then(Option::take) else { return };
+        task.seat.handle.queued.swap(false, Ordering::AcqRel);
+        let seat = self.poll_task(task, panicked);
+        self.leave(seat);
+    }
+
+    /// Polls a task that is not in its row, and puts it there unless it has ended; then its seat is free.
+    fn poll_task(&self, mut task: Task, panicked: &mut impl FnMut(OnPanic, Panic)) -> Option<Seat> {
+        let index = task.seat.index;
+        let mut context = Context::from_waker(&task.seat.waker);
+        let before = READY.with(|ready| ready.polled.replace(Some(Polled::new(index, &task.seat.waker))));
         let polled = catch_unwind(AssertUnwindSafe(|| task.future.as_mut().poll(&mut context)));
+        READY.with(|ready| ready.polled.set(before));
         if matches!(polled, Ok(Poll::Pending)) {
             if let Some(row) = self.rows.borrow_mut().get_mut(index as usize) {
                 *row = Some(task);
             }
-            return;
+            return None;
         }
-        let on_panic = task.on_panic;
+        let Task { future, seat, on_panic } = task;
         if let Err(payload) = polled {
             panicked(on_panic, caught(payload));
         }
-        self.rows.borrow_mut().try_remove(index as usize);
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(task))) {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(future))) {
             panicked(on_panic, caught(payload));
         }
+        Some(seat)
     }
 
     /// Drops every task; a panic in one's drop costs the others nothing. Calls `panicked` for each.
@@ -216,6 +284,8 @@ impl Tasks {
         // A drop may spawn: go on until nothing is left. Spawning is refused to no one here, but each round drops what
         // the one before has added, and a drop that always spawns again is bounded by the rounds.
         for _ in 0..16 {
+            // With the rows goes the one that was kept.
+            drop(self.spare.take());
             let rows = std::mem::take(&mut *self.rows.borrow_mut());
             if rows.is_empty() {
                 break;
@@ -326,6 +396,40 @@ mod tests {
         place.borrow_mut().take().expect("polled").wake();
         poll(&tasks);
         assert_eq!((polls.get(), tasks.len()), (2, 1));
+    }
+
+    /// Begins a task that ends at once, and leaves its waker in `kept` if it `keeps` it. What it saw of its number.
+    fn begun(tasks: &Tasks, kept: &Rc<RefCell<Vec<Waker>>>, keeps: bool) -> Option<u32> {
+        let seen = Rc::new(Cell::new(None));
+        let (out, place) = (Rc::clone(&seen), Rc::clone(kept));
+        let ends = poll_fn(move |context| {
+            out.set(polled(context.waker()));
+            assert_eq!(polled(Waker::noop()), None, "another waker is not the task's");
+            if keeps {
+                place.borrow_mut().push(context.waker().clone());
+            }
+            Poll::Ready(())
+        });
+        tasks.add_begun(Box::pin(ends), OnPanic::Contain, |_, panic| panic!("{}", panic.message));
+        seen.get()
+    }
+
+    #[test]
+    fn tasks_that_end_at_once_have_one_seat_in_turns_unless_they_may_be_woken_later() {
+        let (tasks, _) = tasks();
+        let kept = Rc::default();
+        let first = begun(&tasks, &kept, false);
+        assert!(first.is_some());
+        assert_eq!(begun(&tasks, &kept, false), first);
+        (0..3).for_each(|_| assert!(begun(&tasks, &kept, true).is_some()));
+        let wakers = kept.borrow();
+        for (at, waker) in wakers.iter().enumerate() {
+            assert!(!wakers[..at].iter().any(|earlier| earlier.will_wake(waker)), "each has its own");
+        }
+        let (_, polls) = waiting(&tasks);
+        wakers.iter().for_each(Waker::wake_by_ref);
+        poll(&tasks);
+        assert!(polls.get() <= 2 && tasks.len() == 1, "a needless poll at the worst");
     }
 
     #[test]

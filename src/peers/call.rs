@@ -1,5 +1,8 @@
-//! A call's answer on its way back: one place, which the answering executor fills and the caller empties. The caller's own
-//! waker brings it back through its executor's inbox; there is no second message.
+//! A call's answer on its way back: one place, which the answering executor fills and the caller empties. The caller is woken
+//! through its executor's inbox; there is no second message.
+//!
+//! A caller that is a task of the same server is woken by its number. Its waker is there for whoever else may tell it, and
+//! goes back to it with the answer: a waker that another processor wakes and drops is a cache line that moves there and back.
 
 use std::fmt;
 use std::future::Future;
@@ -7,6 +10,8 @@ use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use crate::executor::core::Core;
+use crate::executor::directory::{Directory, TaskKey};
 use crate::executor::inbox::Refusal;
 use crate::sync::{Mutex, MutexGuard};
 
@@ -64,11 +69,38 @@ impl From<Refusal> for PeerError {
     }
 }
 
+/// Who waits for the answer.
+struct Waiter {
+    waker: Waker,
+    /// The task that the waker wakes, if it is one of the server that was called.
+    task: Option<TaskKey>,
+}
+
 enum Place<F, R> {
-    Sent(F, Option<Waker>),
-    Begun(Option<Waker>),
-    Done(Result<R, PeerError>),
+    Sent(F, Option<Waiter>),
+    Begun(Option<Waiter>),
+    /// With a waiter that was woken by its number, and drops its waker itself.
+    Done(Result<R, PeerError>, Option<Waiter>),
     Taken,
+}
+
+/// How the waiter is to be told. To be done when the lock is let go of.
+enum Tell {
+    Nobody,
+    Task(TaskKey),
+    Waker(Waker),
+}
+
+impl Tell {
+    /// # Panics
+    /// If a task is to be told, which only a directory can.
+    fn waker(self) {
+        match self {
+            Self::Nobody => {}
+            Self::Waker(waker) => waker.wake(),
+            Self::Task(_) => unreachable!("who has no directory takes the waker"),
+        }
+    }
 }
 
 /// A call, on its way there and back: one place, shared by the caller and who answers. Under a lock for the time of a move;
@@ -84,8 +116,8 @@ impl<F, R> Exchange<F, R> {
     pub(super) fn begin(&self) -> Option<F> {
         let mut place = self.lock();
         match std::mem::replace(&mut *place, Place::Taken) {
-            Place::Sent(message, waker) => {
-                *place = Place::Begun(waker);
+            Place::Sent(message, waiter) => {
+                *place = Place::Begun(waiter);
                 Some(message)
             }
             other => {
@@ -95,43 +127,58 @@ impl<F, R> Exchange<F, R> {
         }
     }
 
-    /// The first outcome counts. The second that is returned is to be dropped after the first was woken: it may be a message
-    /// that nobody will run, and panic.
-    fn put(&self, outcome: Result<R, PeerError>) -> (Option<Waker>, Option<Place<F, R>>) {
+    /// The first outcome counts. The second that is returned is to be dropped after the first was told: it may be a message
+    /// that nobody will run, and panic. With `by_number` tasks of the server are to be told without their wakers.
+    fn put(&self, outcome: Result<R, PeerError>, by_number: bool) -> (Tell, Place<F, R>) {
         let mut place = self.lock();
-        let waker = match &mut *place {
-            Place::Sent(_, waker) | Place::Begun(waker) => waker.take(),
+        let mut waiter = match &mut *place {
+            Place::Sent(_, waiter) | Place::Begun(waiter) => waiter.take(),
             // It comes too late, and is dropped after the lock is let go of.
-            Place::Done(_) | Place::Taken => return (None, Some(Place::Done(outcome))),
+            Place::Done(..) | Place::Taken => return (Tell::Nobody, Place::Done(outcome, None)),
         };
-        (waker, Some(std::mem::replace(&mut *place, Place::Done(outcome))))
+        let task = waiter.as_ref().and_then(|waiter| waiter.task).filter(|_| by_number);
+        let tell = match task {
+            Some(task) => Tell::Task(task),
+            None => waiter.take().map_or(Tell::Nobody, |waiter| Tell::Waker(waiter.waker)),
+        };
+        (tell, std::mem::replace(&mut *place, Place::Done(outcome, waiter)))
     }
 
     pub(super) fn settle(&self, outcome: Result<R, PeerError>) {
-        let (waker, before) = self.put(outcome);
-        waker.into_iter().for_each(Waker::wake);
+        let (tell, before) = self.put(outcome, false);
+        tell.waker();
         drop(before);
     }
 }
 
 /// The caller's view, to which it does not matter what the message is.
 trait Answer<R>: Send + Sync {
-    fn poll(&self, context: &mut Context<'_>) -> Poll<Result<R, PeerError>>;
+    /// `server` is the number of the directory that it was sent by.
+    fn poll(&self, context: &mut Context<'_>, server: u64) -> Poll<Result<R, PeerError>>;
 }
 
 impl<F: Send, R: Send> Answer<R> for Exchange<F, R> {
-    fn poll(&self, context: &mut Context<'_>) -> Poll<Result<R, PeerError>> {
+    fn poll(&self, context: &mut Context<'_>, server: u64) -> Poll<Result<R, PeerError>> {
         let mut place = self.lock();
-        match &mut *place {
-            Place::Sent(_, Some(waker)) | Place::Begun(Some(waker)) => waker.clone_from(context.waker()),
-            Place::Sent(_, none) | Place::Begun(none) => *none = Some(context.waker().clone()),
-            Place::Done(_) => {
-                let Place::Done(outcome) = std::mem::replace(&mut *place, Place::Taken) else {
+        let waiter = match &mut *place {
+            Place::Sent(_, waiter) | Place::Begun(waiter) => waiter,
+            Place::Done(..) => {
+                let Place::Done(outcome, waiter) = std::mem::replace(&mut *place, Place::Taken) else {
                     unreachable!("it has just been looked at");
                 };
+                drop(place);
+                drop(waiter);
                 return Poll::Ready(outcome);
             }
             Place::Taken => panic!("a call's answer is taken once"),
+        };
+        let task = Core::task_of(context.waker(), server);
+        match waiter {
+            Some(waiter) => {
+                waiter.waker.clone_from(context.waker());
+                waiter.task = task;
+            }
+            none => *none = Some(Waiter { waker: context.waker().clone(), task }),
         }
         Poll::Pending
     }
@@ -145,12 +192,16 @@ impl<F, R> Promise<F, R> {
         Self(Some(exchange))
     }
 
-    pub(super) fn keep(mut self, outcome: Result<R, PeerError>) {
+    /// `directory` is the one that the message was sent by.
+    pub(super) fn keep(mut self, outcome: Result<R, PeerError>, directory: &Directory) {
         if let Some(exchange) = self.0.take() {
-            let (waker, before) = exchange.put(outcome);
+            let (tell, before) = exchange.put(outcome, true);
             // Before the caller runs: it is to find the place its own.
             drop(exchange);
-            waker.into_iter().for_each(Waker::wake);
+            match tell {
+                Tell::Task(task) => directory.wake(task),
+                other => other.waker(),
+            }
             drop(before);
         }
     }
@@ -165,7 +216,8 @@ impl<F, R> Drop for Promise<F, R> {
 }
 
 enum Inner<R> {
-    One(Arc<dyn Answer<R>>),
+    /// With the number of the server's directory.
+    One(Arc<dyn Answer<R>>, u64),
     /// Several calls that have been made, as one.
     Joint(Pin<Box<dyn Future<Output = R> + Send>>),
 }
@@ -196,12 +248,13 @@ enum Inner<R> {
 pub struct Call<R>(Inner<R>);
 
 impl<R> Call<R> {
-    pub(super) fn new<F: Send + 'static>(message: F) -> (Arc<Exchange<F, R>>, Self)
+    /// A call to an executor of the server whose directory has the number `server`.
+    pub(super) fn new<F: Send + 'static>(message: F, server: u64) -> (Arc<Exchange<F, R>>, Self)
     where
         R: Send + 'static,
     {
         let exchange = Arc::new(Exchange(Mutex::new(Place::Sent(message, None))));
-        (Arc::clone(&exchange), Self(Inner::One(exchange)))
+        (Arc::clone(&exchange), Self(Inner::One(exchange, server)))
     }
 
     pub(super) fn joint(calls: impl Future<Output = R> + Send + 'static) -> Self {
@@ -216,7 +269,7 @@ impl<R> Future for Call<R> {
     /// When polled again after it was ready.
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
-            Inner::One(answer) => answer.poll(context),
+            Inner::One(answer, server) => answer.poll(context, *server),
             Inner::Joint(calls) => calls.as_mut().poll(context).map(Ok),
         }
     }

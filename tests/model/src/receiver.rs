@@ -30,12 +30,21 @@ pub(crate) struct Taken {
 impl Receiver {
     /// Open, in the only slot of a directory.
     pub fn new() -> (Arc<Directory>, Self) {
-        let inbox = Arc::new(Inbox::new().expect("an eventfd"));
-        let bell = EventFd::made_last();
-        let directory = Directory::default();
-        assert!(directory.fill(std::iter::once(&inbox)));
-        inbox.open();
-        (Arc::new(directory), Self { inbox, bell, core: Rc::new(Core), sleeps: 0, signals: 0 })
+        let ([receiver], directory) = Self::of_one_server();
+        (directory, receiver)
+    }
+
+    /// Open, in the slots of one directory.
+    pub fn of_one_server<const COUNT: usize>() -> ([Self; COUNT], Arc<Directory>) {
+        let directory = Arc::new(Directory::default());
+        let receivers = std::array::from_fn(|_| {
+            let inbox = Arc::new(Inbox::new().expect("an eventfd"));
+            let bell = EventFd::made_last();
+            inbox.open();
+            Self { inbox, bell, core: Rc::new(Core { directory: Arc::clone(&directory) }), sleeps: 0, signals: 0 }
+        });
+        assert!(directory.fill(receivers.iter().map(|receiver| &receiver.inbox)));
+        (receivers, directory)
     }
 
     /// Turns until one has taken in what `is_last` says.

@@ -1,7 +1,8 @@
 //! Each of the models as the code is, which must hold, and with a defect, which must be found.
 
+use ringleader_model::models;
+use ringleader_model::peers::{self, Caller};
 use ringleader_model::sync::{Defect, check};
-use ringleader_model::{models, peers};
 
 #[test]
 fn no_wake_is_lost_and_no_sleep_is_signalled_twice() {
@@ -66,12 +67,14 @@ fn a_job_posted_to_an_inbox_that_two_close_has_one_fate() {
 
 #[test]
 fn a_call_to_an_executor_that_ends_comes_to_the_right_outcome() {
-    check(Defect::None, peers::an_executor_is_called_and_ends);
+    check(Defect::None, || peers::an_executor_is_called_and_ends(Caller::Peer));
+    check(Defect::None, || peers::an_executor_is_called_and_ends(Caller::Stranger));
 }
 
 #[test]
 fn an_answer_beside_the_end_of_a_hung_executor_is_one_outcome() {
-    check(Defect::None, peers::a_call_is_answered_while_its_executor_is_given_up);
+    check(Defect::None, || peers::a_call_is_answered_while_its_executor_is_given_up(Caller::Peer));
+    check(Defect::None, || peers::a_call_is_answered_while_its_executor_is_given_up(Caller::Stranger));
 }
 
 #[test]
@@ -87,7 +90,8 @@ fn it_has_no_outcome_if_it_is_not_noted() {
 
 #[test]
 fn a_caller_that_goes_away_is_woken_once_or_not_at_all() {
-    check(Defect::None, peers::a_caller_goes_away_while_it_is_answered);
+    check(Defect::None, || peers::a_caller_goes_away_while_it_is_answered(Caller::Peer));
+    check(Defect::None, || peers::a_caller_goes_away_while_it_is_answered(Caller::Stranger));
 }
 
 #[test]
