@@ -153,7 +153,7 @@ where
                 PeerError::Panicked
             });
             let core = running.end();
-            promise.keep(outcome, &core.directory);
+            promise.keep(outcome, &core.directory, core.slot);
         }));
     }
 

@@ -128,15 +128,16 @@ impl<F, R> Exchange<F, R> {
     }
 
     /// The first outcome counts. The second that is returned is to be dropped after the first was told: it may be a message
-    /// that nobody will run, and panic. With `by_number` tasks of the server are to be told without their wakers.
-    fn put(&self, outcome: Result<R, PeerError>, by_number: bool) -> (Tell, Place<F, R>) {
+    /// that nobody will run, and panic. Tasks of the server that are not in the slot `here` are to be told by their numbers.
+    fn put(&self, outcome: Result<R, PeerError>, here: Option<u16>) -> (Tell, Place<F, R>) {
         let mut place = self.lock();
         let mut waiter = match &mut *place {
             Place::Sent(_, waiter) | Place::Begun(waiter) => waiter.take(),
             // It comes too late, and is dropped after the lock is let go of.
             Place::Done(..) | Place::Taken => return (Tell::Nobody, Place::Done(outcome, None)),
         };
-        let task = waiter.as_ref().and_then(|waiter| waiter.task).filter(|_| by_number);
+        let task =
+            waiter.as_ref().and_then(|waiter| waiter.task).filter(|task| here.is_some_and(|slot| slot != task.slot));
         let tell = match task {
             Some(task) => Tell::Task(task),
             None => waiter.take().map_or(Tell::Nobody, |waiter| Tell::Waker(waiter.waker)),
@@ -145,7 +146,7 @@ impl<F, R> Exchange<F, R> {
     }
 
     pub(super) fn settle(&self, outcome: Result<R, PeerError>) {
-        let (tell, before) = self.put(outcome, false);
+        let (tell, before) = self.put(outcome, None);
         tell.waker();
         drop(before);
     }
@@ -192,10 +193,10 @@ impl<F, R> Promise<F, R> {
         Self(Some(exchange))
     }
 
-    /// `directory` is the one that the message was sent by.
-    pub(super) fn keep(mut self, outcome: Result<R, PeerError>, directory: &Directory) {
+    /// To be called by the executor in the slot `here`; `directory` is the one that the message was sent by.
+    pub(super) fn keep(mut self, outcome: Result<R, PeerError>, directory: &Directory, here: u16) {
         if let Some(exchange) = self.0.take() {
-            let (tell, before) = exchange.put(outcome, true);
+            let (tell, before) = exchange.put(outcome, Some(here));
             // Before the caller runs: it is to find the place its own.
             drop(exchange);
             match tell {

@@ -54,7 +54,7 @@ fn begin(exchange: Arc<Exchange<Message, u8>>, directory: &Arc<Directory>) -> Op
     let key = noted?;
     Some(move || {
         inbox.end_call(key);
-        promise.keep(Ok(ANSWER), &directory);
+        promise.keep(Ok(ANSWER), &directory, 0);
     })
 }
 
