@@ -518,3 +518,6 @@ fn remember(place: &mut Option<Waker>, waker: &Waker) {
         *place = Some(waker.clone());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,6 @@
 //! What lies between an executor and its sockets: the ring and what drives it, streams, timers.
 
 pub(crate) mod driver;
-#[cfg(test)]
-mod driver_tests;
 pub(crate) mod registry;
 pub(crate) mod ring;
 pub(crate) mod stream;
