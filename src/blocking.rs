@@ -14,10 +14,11 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::oneshot::Outcome;
 use crate::panics::lines::{Lines, More};
 use crate::panics::{self, Panic, caught};
 use crate::sys::affinity;
@@ -105,25 +106,22 @@ impl Pool {
         generation: u64,
         closure: impl FnOnce() -> T + Send + 'static,
     ) -> Ticket<T> {
-        let place = Arc::new(Mutex::new(Place::Waiting(None)));
-        let promise = Promise(Arc::clone(&place));
+        let (promise, outcome) = Outcome::new();
         let run = move || match catch_unwind(AssertUnwindSafe(closure)) {
             Ok(value) => {
-                promise.keep(Ok(value));
+                promise.fulfil(Ok(value));
                 None
             }
             Err(payload) => {
                 let panic = caught(payload);
-                promise.keep(Err(Lost::Panicked(panic.message.clone())));
+                promise.fulfil(Err(Lost::Panicked(panic.message.clone())));
                 Some(panic)
             }
         };
-        let refused = self.shared.submit(Job { slot, generation, run: Box::new(run) });
-        if let Err((why, job)) = refused {
-            Promise(Arc::clone(&place)).keep(Err(why));
-            drop(job);
+        match self.shared.submit(Job { slot, generation, run: Box::new(run) }) {
+            Ok(()) => Ticket(outcome),
+            Err((why, _)) => Ticket(Outcome::ready(Err(why))),
         }
-        Ticket(place)
     }
 
     /// Takes no more work and drops what waits; waits for the closures that run until `deadline`. How many still run:
@@ -278,59 +276,17 @@ fn join(thread: Option<JoinHandle<()>>) {
     }
 }
 
-/// Where a closure's result goes.
-enum Place<T> {
-    Waiting(Option<Waker>),
-    Done(Result<T, Lost>),
-    Taken,
-}
-
-fn lock<T>(place: &Mutex<Place<T>>) -> MutexGuard<'_, Place<T>> {
-    place.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The closure's half. Dropped without being kept it tells whoever waits that there will be nothing.
-struct Promise<T>(Arc<Mutex<Place<T>>>);
-
-impl<T> Promise<T> {
-    fn keep(&self, outcome: Result<T, Lost>) {
-        let mut place = lock(&self.0);
-        let Place::Waiting(waker) = &mut *place else { return };
-        let waker = waker.take();
-        *place = Place::Done(outcome);
-        drop(place);
-        waker.into_iter().for_each(Waker::wake);
-    }
-}
-
-impl<T> Drop for Promise<T> {
-    fn drop(&mut self) {
-        self.keep(Err(Lost::Stopped));
-    }
-}
-
-/// The caller's half. Dropping it does not stop the closure; the result is then dropped on the closure's thread.
-pub(crate) struct Ticket<T>(Arc<Mutex<Place<T>>>);
+/// What becomes of a closure. Dropping it does not stop the closure; the result is then dropped on the closure's thread.
+pub(crate) struct Ticket<T>(Outcome<Result<T, Lost>>);
 
 impl<T> Future for Ticket<T> {
     type Output = Result<T, Lost>;
 
     /// # Panics
     /// When polled again after it was ready.
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut place = lock(&self.0);
-        match &mut *place {
-            Place::Waiting(Some(waker)) => waker.clone_from(context.waker()),
-            Place::Waiting(none) => *none = Some(context.waker().clone()),
-            Place::Done(_) => {
-                let Place::Done(outcome) = std::mem::replace(&mut *place, Place::Taken) else {
-                    unreachable!("it has just been looked at");
-                };
-                return Poll::Ready(outcome);
-            }
-            Place::Taken => panic!("a blocking closure's outcome is taken once"),
-        }
-        Poll::Pending
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        // The promise goes with a closure that is not run.
+        Pin::new(&mut self.0).poll(context).map(|outcome| outcome.unwrap_or(Err(Lost::Stopped)))
     }
 }
 

@@ -203,6 +203,7 @@ mod handle;
 pub mod internals;
 mod listen;
 mod net;
+mod oneshot;
 mod order;
 mod panics;
 mod peers;

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 
 use crate::Error;
 use crate::error::Kind;
+use crate::oneshot::{self, Outcome};
 
 /// The outcome of an order, once it has one. Await it on any runtime, or block on it with [`Order::wait`]; dropping it
 /// takes nothing back.
@@ -32,32 +32,23 @@ use crate::error::Kind;
 /// # Ok::<(), ringleader::Error>(())
 /// ```
 #[must_use = "the order is carried out all the same, but its outcome is lost"]
-pub struct Order<T>(Arc<Shared<T>>);
+pub struct Order<T>(Outcome<Result<T, Error>>);
 
 /// Where the outcome is put. Dropped without one, the order fails: whoever was to carry it out is gone.
-pub(crate) struct Promise<T>(Option<Arc<Shared<T>>>);
+pub(crate) type Promise<T> = oneshot::Promise<Result<T, Error>>;
 
-struct Shared<T> {
-    state: Mutex<State<T>>,
-    changed: Condvar,
-}
-
-struct State<T> {
-    outcome: Option<Result<T, Error>>,
-    waker: Option<Waker>,
+fn never_carried_out<T>() -> Result<T, Error> {
+    Err(Error::new(Kind::Refused, "the server has ended"))
 }
 
 impl<T> Order<T> {
     pub(crate) fn new() -> (Promise<T>, Self) {
-        let shared =
-            Arc::new(Shared { state: Mutex::new(State { outcome: None, waker: None }), changed: Condvar::new() });
-        (Promise(Some(Arc::clone(&shared))), Self(shared))
+        let (promise, outcome) = Outcome::new();
+        (promise, Self(outcome))
     }
 
     pub(crate) fn done(outcome: Result<T, Error>) -> Self {
-        let (promise, order) = Self::new();
-        promise.fulfil(outcome);
-        order
+        Self(Outcome::ready(outcome))
     }
 
     /// Blocks this thread until the outcome is there.
@@ -68,64 +59,17 @@ impl<T> Order<T> {
     /// # Panics
     /// When the outcome has been taken already, by polling.
     pub fn wait(self) -> Result<T, Error> {
-        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(outcome) = state.outcome.take() {
-                return outcome;
-            }
-            state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-}
-
-impl<T> Promise<T> {
-    pub(crate) fn fulfil(mut self, outcome: Result<T, Error>) {
-        if let Some(shared) = self.0.take() {
-            shared.settle(outcome);
-        }
-    }
-}
-
-impl<T> Drop for Promise<T> {
-    fn drop(&mut self) {
-        if let Some(shared) = self.0.take() {
-            shared.settle(Err(Error::new(Kind::Refused, "the server has ended")));
-        }
-    }
-}
-
-impl<T> fmt::Debug for Promise<T> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Promise")
-    }
-}
-
-impl<T> Shared<T> {
-    fn settle(&self, outcome: Result<T, Error>) {
-        let waker = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.outcome = Some(outcome);
-            state.waker.take()
-        };
-        self.changed.notify_all();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        self.0.wait().unwrap_or_else(never_carried_out)
     }
 }
 
 impl<T> Future for Order<T> {
     type Output = Result<T, Error>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match state.outcome.take() {
-            Some(outcome) => Poll::Ready(outcome),
-            None => {
-                state.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
-        }
+    /// # Panics
+    /// When polled again after it was ready.
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context).map(|outcome| outcome.unwrap_or_else(never_carried_out))
     }
 }
 

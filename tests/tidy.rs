@@ -59,14 +59,15 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("protocol", &["root", "body", "executor", "files", "net", "panics", "server", "service", "settings", "time"]),
     ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "shard_local", "sync", "sys"]),
     ("net", &["executor", "sys"]),
-    ("blocking", &["panics", "sys"]),
+    ("blocking", &["oneshot", "panics", "sys"]),
     ("panics", &["settings"]),
     ("steering", &["sys"]),
     ("adapters", &["root", "service"]),
     ("body", &["root", "files", "time"]),
     ("service", &["root"]),
     ("time", &["executor", "net"]),
-    ("order", &["root", "error"]),
+    ("order", &["root", "error", "oneshot"]),
+    ("oneshot", &[]),
     ("files", &[]),
     ("error", &[]),
     ("settings", &[]),
@@ -304,6 +305,16 @@ fn every_direct_dependency_has_a_line_that_says_why() {
     let gone = rows.flat_map(|row| row.split(", ")).map(|row| row.trim_start_matches('`'));
     let gone = gone.filter_map(|row| row.split('`').next()).filter(|name| !names.contains(name));
     expect_none("lines of \"Direct dependencies\" for what is none", gone.map(str::to_owned).collect());
+}
+
+#[test]
+fn the_index_of_the_examples_has_each_of_them() {
+    let index = text("examples/README.md");
+    let all = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples")).expect("the package is readable");
+    let names = all.map(|entry| entry.expect("the package is readable").file_name().to_string_lossy().into_owned());
+    let linked = |name: &String| [')', '/'].iter().any(|end| index.contains(&format!("({name}{end}")));
+    let without: Vec<String> = names.filter(|name| name != "README.md" && !linked(name)).collect();
+    expect_none("examples that examples/README.md does not list", without);
 }
 
 /// Names that the crate's root, or its module `test`, makes public.

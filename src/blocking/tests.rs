@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::task::Wake;
+use std::task::{Wake, Waker};
 use std::thread::{Thread, current, park};
 
 use super::*;
