@@ -12,7 +12,8 @@ use std::cell::Cell;
 use ringleader::{Body, BoxError, Error, Reject, Request, Response, Server, Service, Shard, StatusCode, service_fn};
 
 fn main() -> Result<(), Error> {
-    Server::builder().listen("127.0.0.1:8080").stop_on_signals().serve(start_up).run().map(drop)
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
+    Server::builder().listen(address).stop_on_signals().serve(start_up).run().map(drop)
 }
 
 /// Counts in the body's length; `/total` says how much there was on this executor.
