@@ -54,7 +54,8 @@ pub(super) fn watch(wanted: Wanted, post: Post) -> io::Result<Option<Watch>> {
 }
 
 impl Watch {
-    /// Gives the signals back and ends the thread.
+    /// Stops listening and ends the thread. The handler that calls the one before stays, since others may have theirs
+    /// behind it by now; so the default action does not come back.
     pub(super) fn end(self) {
         self.handle.close();
         let _ = self.thread.join();

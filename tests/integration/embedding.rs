@@ -13,7 +13,7 @@ use ringleader::{Body, Files, Method, Request, Response, Running, Server, Shard,
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-use crate::support::{BOUND, Client, Process, Site, echo, eventually, heap, local, settle};
+use crate::support::{BOUND, Client, Process, Site, echo, eventually, expect_refusal, heap, local, settle};
 
 /// Set in a process that a test starts for itself.
 const ALONE: &str = "RINGLEADER_TEST_ALONE";
@@ -52,6 +52,24 @@ fn a_server_starts_and_stops_on_tokio_with_many_threads() {
             server.await.expect("no panic");
         }
     });
+}
+
+#[test]
+fn a_server_ends_with_the_runtime_whose_task_owns_it() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("tokio has what it needs");
+    let address = runtime.block_on(async {
+        let running = server().start().await.expect("it starts");
+        let address = running.local_addrs()[0];
+        assert_eq!(Client::connect(address).get("/").status, 200);
+        tokio::spawn(async move {
+            let _owner = running;
+            std::future::pending::<()>().await;
+        });
+        address
+    });
+    // Nobody has ordered a stop, and nobody joins.
+    drop(runtime);
+    expect_refusal(address);
 }
 
 #[test]
@@ -209,6 +227,29 @@ fn the_hosts_signal_handlers_are_left_alone() {
         assert_eq!(site.connect().get("/").status, 200, "it serves on");
         settle(site.stop(Stop::Now)).expect("it stops");
         assert_eq!(signals(), before);
+    });
+}
+
+#[test]
+fn a_server_that_stops_on_signals_takes_none_away_from_the_host() {
+    alone("a_server_that_stops_on_signals_takes_none_away_from_the_host", || {
+        // SAFETY: the handler does nothing but add to an atomic.
+        let old = unsafe { libc::signal(libc::SIGTERM, hear as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+        assert_ne!(old, libc::SIG_ERR);
+        let signalled = || {
+            // SAFETY: sends a signal to this process, which has a handler for it.
+            assert_eq!(unsafe { libc::kill(std::process::id() as i32, libc::SIGTERM) }, 0);
+            eventually("the host hears it", || HEARD.swap(0, Ordering::SeqCst) == 1);
+        };
+        // The second hears it, though the first has stopped listening.
+        for _ in 0..2 {
+            let builder = local(2).stop_on_signals().drain_timeout(BOUND);
+            let site = Site::start(builder.serve(async |_| Ok(service_fn(echo))));
+            assert_eq!(site.connect().get("/").status, 200);
+            signalled();
+            assert!(settle(site.into_running().join()).expect("it stops").drained);
+            signalled();
+        }
     });
 }
 
