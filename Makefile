@@ -87,7 +87,7 @@ semver: toolchain
 	@test -n '$(BASELINE)' || { echo 'there is no tag yet; name what to compare with: make semver BASELINE=REVISION' >&2; exit 1; }
 	@$(CARGO) semver-checks --version >/dev/null 2>&1 || \
 		{ echo 'cargo-semver-checks is missing: cargo install cargo-semver-checks --locked' >&2; exit 1; }
-	$(CARGO) semver-checks --baseline-rev $(BASELINE) --only-explicit-features --features $(FEATURES)
+	$(CARGO) semver-checks --package ringleader --baseline-rev $(BASELINE) --only-explicit-features --features $(FEATURES)
 
 bench: toolchain
 	$(CARGO) bench --features internals --bench '*'
