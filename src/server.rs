@@ -398,16 +398,6 @@ impl Builder {
         self
     }
 
-    /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
-    ///
-    /// Handlers that the program had for them are called as well, during the server's life and after it. If it had none,
-    /// the signals do nothing after the server's end: their default action, which ends the process, does not come back
-    /// (as with tokio's signals). A program that goes on after its server has to listen itself.
-    pub fn stop_on_signals(mut self) -> Self {
-        self.signals.stop = true;
-        self
-    }
-
     /// Gives the start-up closure: it runs once on every executor, again for every generation, and returns that
     /// executor's service. What it makes lives on that executor alone, so none of it need be `Send`.
     pub fn serve<F, S>(self, start_up: F) -> Server
@@ -499,7 +489,7 @@ impl Server {
         let table = builder.table(&mut groups, cpus.len(), &kernel, &mut warnings)?;
         let places: Vec<_> = groups.iter().map(|group| (group.address, group.activated)).collect();
         let addresses = places.iter().map(|(address, _)| *address).collect();
-        warnings.extend(containment_warning(cfg!(panic = "abort")));
+        warnings.extend(supervision::containment_warning(cfg!(panic = "abort")));
         let settings = Arc::new(Settings {
             name: builder.name.clone(),
             connections_max,
@@ -677,13 +667,6 @@ impl Builder {
             lookout: Arc::clone(&common.lookout),
         }
     }
-}
-
-/// What there is to say of a build that cannot catch panics.
-fn containment_warning(aborts: bool) -> Option<String> {
-    let warning = "built with panic = \"abort\": every panic ends the process, none is contained and no executor restarted; \
-                   build with panic = \"unwind\"";
-    aborts.then(|| warning.to_owned())
 }
 
 /// One seat for each slot, with its listener of each group.

@@ -15,6 +15,16 @@ use crate::systemd::Notifier;
 use crate::upgrade::successor::Launch;
 
 impl Builder {
+    /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
+    ///
+    /// Handlers that the program had for them are called as well, during the server's life and after it. If it had none,
+    /// the signals do nothing after the server's end: their default action, which ends the process, does not come back
+    /// (as with tokio's signals). A program that goes on after its server has to listen itself.
+    pub fn stop_on_signals(mut self) -> Self {
+        self.signals.stop = true;
+        self
+    }
+
     /// Starts a new binary and hands over to it on SIGUSR2, as [`Handle::upgrade`](crate::Handle::upgrade) does by order.
     pub fn upgrade_on_signal(mut self) -> Self {
         self.signals.upgrade = true;

@@ -113,3 +113,10 @@ impl Builder {
         self
     }
 }
+
+/// What there is to say of a build that cannot catch panics.
+pub(super) fn containment_warning(aborts: bool) -> Option<String> {
+    let warning = "built with panic = \"abort\": every panic ends the process, none is contained and no executor restarted; \
+                   build with panic = \"unwind\"";
+    aborts.then(|| warning.to_owned())
+}
