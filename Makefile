@@ -112,7 +112,7 @@ clean:
 	$(CARGO) clean
 
 toolchain:
-	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust, 1.88 or later' >&2; exit 1; }
+	@command -v $(CARGO) >/dev/null || { echo 'cargo is missing: install Rust, 1.88 or later (https://rustup.rs)' >&2; exit 1; }
 	@command -v cc >/dev/null || { echo 'cc is missing: install gcc (Debian: apt-get install gcc)' >&2; exit 1; }
 
 # COMMAND:PACKAGE of Debian.
