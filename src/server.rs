@@ -373,7 +373,11 @@ impl Builder {
         self
     }
 
-    /// Lets other processes of this user listen on the same addresses; the kernel divides new connections among all.
+    /// Lets other processes of this user listen on the same addresses; the kernel divides new connections among the
+    /// executors of all by a hash. All of the processes have to be started so: one that was not steers, and keeps all
+    /// connections. There is no steering then ([`steering`](Self::steering) other than random is a usage error), so what
+    /// comes to an executor that is stalled, full or idle is handed to another. A process that ends resets what the kernel
+    /// queues for it at that moment, unless the sysctl `net.ipv4.tcp_migrate_req` is 1.
     /// Default false: a second server is an error, not half of the traffic.
     pub fn share_port(mut self, share: bool) -> Self {
         self.share_port = share;
@@ -484,7 +488,7 @@ impl Server {
         let mut warnings = Vec::new();
         let connections_max = builder.room(cpus.len(), &mut warnings)?;
         // Before the executors, who write their heartbeats into its memory.
-        let kernel = Kernel::probe(cpus.len() as u16, Realise::Best);
+        let kernel = Kernel::probe(cpus.len() as u16, builder.realise()?);
         let mut groups = builder.bind(cpus.len(), inheritance, &mut warnings)?;
         let table = builder.table(&mut groups, cpus.len(), &kernel, &mut warnings)?;
         let places: Vec<_> = groups.iter().map(|group| (group.address, group.activated)).collect();
@@ -605,6 +609,19 @@ impl Builder {
             ));
         }
         listen::open(&asked, executors, &options, inheritance, warnings)
+    }
+
+    /// Who steers. The program of a shared port would be all processes'.
+    fn realise(&self) -> Result<Realise, Error> {
+        match self.steering {
+            _ if !self.share_port => Ok(Realise::Best),
+            Steering::Random => Ok(Realise::Nothing),
+            Steering::Hash | Steering::LeastLoaded => Err(Error::new(
+                Kind::Usage,
+                "a port that is shared with other processes cannot be steered by hash or load: the kernel spreads its \
+                 connections over the executors of all of them; choose random steering, or do not share the port",
+            )),
+        }
     }
 
     fn table<'a>(

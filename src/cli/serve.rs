@@ -133,7 +133,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 100)]
     escalate_after: u32,
 
-    /// Let other processes of this user listen on the same address, and share the traffic
+    /// Let other processes of this user listen on the same address, and share the traffic; all have to be started with
+    /// this. The kernel spreads new connections over the executors of all, so there is no steering
     #[arg(long)]
     share_port: bool,
 

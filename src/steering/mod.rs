@@ -11,7 +11,8 @@
 //! A table is realised in one of two ways. [`extended`] BPF, where the process may load it: a change is a store to
 //! memory, and the program passes over slots with a stale heartbeat by itself. Otherwise classic BPF ([`program`]),
 //! which needs no privilege: a change attaches a new program, and a stalled slot gets connections until the supervisor
-//! has noticed.
+//! has noticed. On a port that is shared with other processes it is realised in neither: the program of a group decides
+//! over the listeners of all, so one of ours would take the others' connections ([`Realise::Nothing`]).
 //!
 //! Not here: deciding which slots are active, and sampling their loads. That is the supervisor's.
 
@@ -121,13 +122,21 @@ pub enum Realise {
         expect(dead_code, reason = "no option of the builder asks for it yet")
     )]
     Classic,
+    /// No program: the kernel spreads connections over all listeners of the address, those of other processes too.
+    Nothing,
 }
+
+/// What a server says of it at the start.
+const LEFT_TO_THE_KERNEL: &str = "by the kernel, since the port is shared; executors that are stalled, full or idle get \
+                                  connections like others, and those are handed on; processes that were not started to \
+                                  share it keep theirs";
 
 /// What the kernel grants to steering: found out first of all, since executors write their heartbeats into its memory.
 pub struct Kernel {
     heartbeats: Arc<Heartbeats>,
     /// The map behind the heartbeats, or why there is none.
     map: Result<OwnedFd, String>,
+    realise: Realise,
 }
 
 impl Kernel {
@@ -135,13 +144,14 @@ impl Kernel {
     pub fn probe(slots: u16, realise: Realise) -> Self {
         let map = match realise {
             Realise::Classic => Err("classic BPF was asked for".to_owned()),
+            Realise::Nothing => Err("the port is shared".to_owned()),
             // Nothing to choose from.
             Realise::Best if slots == 1 => Err("a single executor needs no steering".to_owned()),
             Realise::Best => Heartbeats::in_map(slots).map_err(|error| why_not(&error)),
         };
         match map {
-            Ok((heartbeats, map)) => Self { heartbeats, map: Ok(map) },
-            Err(reason) => Self { heartbeats: Heartbeats::on_heap(slots), map: Err(reason) },
+            Ok((heartbeats, map)) => Self { heartbeats, map: Ok(map), realise },
+            Err(reason) => Self { heartbeats: Heartbeats::on_heap(slots), map: Err(reason), realise },
         }
     }
 
@@ -181,6 +191,8 @@ enum Way {
         /// Why not the other.
         reason: String,
     },
+    /// It is not: whoever is in it or not, connections come to all listeners.
+    Nothing,
 }
 
 impl Table {
@@ -205,6 +217,7 @@ impl Table {
         };
         let way = match loaded {
             Ok(programs) => Way::Extended { programs, attached: false },
+            Err(_) if kernel.realise == Realise::Nothing => Way::Nothing,
             Err(reason) => Way::Classic { reason },
         };
         Ok(Self { policy, slots, groups: duplicates?, way, in_force: None })
@@ -212,6 +225,9 @@ impl Table {
 
     /// Policy and realisation in words.
     pub fn description(&self) -> String {
+        if self.is_left_to_the_kernel() {
+            return LEFT_TO_THE_KERNEL.to_owned();
+        }
         let (policy, way) = (self.policy.name(), self.realisation());
         match self.reason() {
             Some(reason) if self.slots > 1 => format!("{policy}, by {way}, because {reason}"),
@@ -238,7 +254,13 @@ impl Table {
             _ if self.slots == 1 => "nothing",
             Way::Extended { .. } => "eBPF",
             Way::Classic { .. } => "classic BPF",
+            Way::Nothing => "nothing",
         }
+    }
+
+    /// Whether connections come to all slots, whatever the table says.
+    pub fn is_left_to_the_kernel(&self) -> bool {
+        matches!(self.way, Way::Nothing)
     }
 
     /// Whether a change replaces a classic program, which kernels before 6.18.36, 6.12.94, 6.6.143 and 6.1.176 do not do
@@ -250,14 +272,14 @@ impl Table {
     /// Why it is not eBPF, in words that fit behind "because".
     pub fn reason(&self) -> Option<&str> {
         match &self.way {
-            Way::Extended { .. } => None,
+            Way::Extended { .. } | Way::Nothing => None,
             Way::Classic { reason } => Some(reason),
         }
     }
 
     /// How often [`Table::set_loads`] is to be called; `None` if loads do not concern the policy.
     pub fn refresh(&self) -> Option<Duration> {
-        self.policy.refresh()
+        self.policy.refresh().filter(|_| !self.is_left_to_the_kernel())
     }
 
     /// How old a heartbeat is that makes the extended program pass over its slot; 20 ms until this is called. Classic
@@ -273,7 +295,7 @@ impl Table {
     pub fn socket_arrays(&self) -> Vec<BorrowedFd<'_>> {
         match &self.way {
             Way::Extended { programs, .. } => programs.socket_arrays().collect(),
-            Way::Classic { .. } => Vec::new(),
+            Way::Classic { .. } | Way::Nothing => Vec::new(),
         }
     }
 
@@ -343,6 +365,7 @@ impl Table {
                 let program = self.policy.program(shares, self.slots).expect("there is a share to choose");
                 self.groups.iter().try_for_each(|group| socket::attach_reuseport_cbpf(group.as_fd(), &program))
             }
+            Way::Nothing => Ok(()),
         };
         attached.map_err(|error| self.explain(shares, &error))
     }

@@ -29,7 +29,7 @@ pub struct ListenOptions {
     /// Whether an IPv6 listener leaves IPv4 alone, whatever `net.ipv6.bindv6only` says.
     pub v6_only: bool,
     /// Whether other processes of this user may listen on the address at the same time. The kernel
-    /// then divides new connections among all of them.
+    /// then divides new connections among the listeners of all, if none of them steers.
     pub share_port: bool,
 }
 
@@ -66,7 +66,7 @@ pub fn bind_group(addr: SocketAddr, count: usize, options: &ListenOptions) -> Re
         return Err(fail(("to open listeners", error)));
     }
     let mut group = Vec::with_capacity(count);
-    group.push(open_first(addr, options).map_err(fail)?);
+    group.push(open_first(addr, count == 1, options).map_err(fail)?);
     let first: &OwnedFd = &group[0];
     let chosen = socket::local_addr(first.as_fd()).map_err(|error| fail((NAME, error)))?;
     while group.len() < count {
@@ -124,14 +124,17 @@ const NAME: &str = "to read back the address of a listener";
 /// Without `SO_REUSEPORT` no second listener is possible, not even one of this user, so of several
 /// processes that start at once at most one gets past `listen`. The option is set afterwards, which
 /// opens the group to the other members: the kernel makes the group when the second one listens and
-/// gives this one index 0. (Probing with a separate socket first would leave a gap.)
-fn open_first(addr: SocketAddr, options: &ListenOptions) -> Result<OwnedFd, Failure> {
+/// gives this one index 0. (Probing with a separate socket first would leave a gap.) One that stays `alone` has no
+/// program that would keep newcomers from its connections, so it does without the option, and nobody can join it.
+fn open_first(addr: SocketAddr, alone: bool, options: &ListenOptions) -> Result<OwnedFd, Failure> {
     if options.share_port && addr.port() != 0 {
         return open_member(addr, options);
     }
     let listener = open_bound(addr, options, false)?;
     socket::listen(listener.as_fd(), options.backlog).map_err(|error| (LISTEN, error))?;
-    set_reuse_port(listener.as_fd()).map_err(|error| (CONFIGURE, error))?;
+    if options.share_port || !alone {
+        set_reuse_port(listener.as_fd()).map_err(|error| (CONFIGURE, error))?;
+    }
     Ok(listener)
 }
 
@@ -354,8 +357,18 @@ mod tests {
     }
 
     #[test]
+    fn a_single_listener_lets_nobody_join_unless_it_is_to() {
+        let shared = ListenOptions { share_port: true, ..ListenOptions::default() };
+        for (options, joined) in [(ListenOptions::default(), false), (shared.clone(), true)] {
+            let group = bind_group(loopback(), 1, &options).unwrap();
+            let addr = socket::local_addr(group[0].as_fd()).unwrap();
+            assert_eq!(bind_group(addr, 1, &shared).is_ok(), joined);
+        }
+    }
+
+    #[test]
     fn a_listener_that_shares_its_port_does_not_make_us_share_it() {
-        let group = bind_group(loopback(), 1, &ListenOptions::default()).unwrap();
+        let group = bind_group(loopback(), 2, &ListenOptions::default()).unwrap();
         let addr = socket::local_addr(group[0].as_fd()).unwrap();
         let shared = ListenOptions { share_port: true, ..ListenOptions::default() };
         // Sharing is asked of the newcomer only; the kernel lets a member of the same user in.

@@ -1,6 +1,6 @@
 //! What happens when an executor has as many connections as it may.
 
-use ringleader::{Shard, service_fn};
+use ringleader::{Builder, Shard, service_fn};
 
 use crate::support::{Client, Site, echo, eventually, local};
 
@@ -8,7 +8,11 @@ const EXECUTORS: usize = 4;
 const EACH: u64 = 8;
 
 fn site() -> Site {
-    let builder = local(EXECUTORS).connections_max(EACH);
+    started(local(EXECUTORS))
+}
+
+fn started(builder: Builder) -> Site {
+    let builder = builder.connections_max(EACH);
     Site::start(builder.serve(async |_: Shard| Ok(service_fn(echo))))
 }
 
@@ -21,12 +25,18 @@ fn connect(site: &Site) -> Option<Client> {
 
 #[test]
 fn new_connections_go_to_executors_that_have_room() {
-    let site = site();
+    // On a shared port the kernel knows nothing of who is full: others take what comes to them.
+    for share in [false, true] {
+        fill(&started(local(EXECUTORS).share_port(share)));
+    }
+}
+
+fn fill(site: &Site) {
     let all = EXECUTORS * EACH as usize;
     let mut clients = Vec::new();
     let mut tries = 0;
     while clients.len() < all {
-        clients.extend(connect(&site));
+        clients.extend(connect(site));
         tries += 1;
         assert!(tries < all + 12, "{} of {all} places are taken after {tries} tries", clients.len());
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ringleader::{
     Body, BoxError, Builder, Escalation, ExecutorState, HangPolicy, HttpLimits, Overload, Request, Response,
-    RestartPolicy, Scaling, Server, Shard, StatusCode, service_fn,
+    RestartPolicy, Scaling, Server, Shard, StatusCode, Steering, service_fn,
 };
 
 use crate::support::{Client, Site, echo, eventually, expect_refusal, local, settle};
@@ -138,6 +138,8 @@ fn a_server_that_cannot_be_is_a_usage_error() {
         (local(9999), "9999 executors"),
         (local(1).cpus([999]), "999"),
         (local(1).cpus([]), "CPU"),
+        (local(2).share_port(true).steering(Steering::LeastLoaded), "shared"),
+        (local(2).share_port(true).steering(Steering::Hash), "shared"),
     ] {
         let error = serve(builder);
         assert!(error.is_usage(), "{error:?}");
@@ -226,28 +228,62 @@ fn an_address_in_use_is_a_listen_error() {
     assert_eq!(site.connect().get("/").status, 200);
 }
 
+/// A server that answers each request with its name.
+fn named(builder: Builder, name: &'static str) -> Server {
+    builder.serve(async move |_| Ok(service_fn(async move |_| Ok::<_, BoxError>(Response::new(Body::from(name))))))
+}
+
+/// Who answers `count` connections, one after the other.
+fn who_answers(address: std::net::SocketAddr, count: usize) -> Vec<String> {
+    (0..count).map(|_| Client::connect(address).get("/").text().to_owned()).collect()
+}
+
 #[test]
-fn two_servers_share_a_port_when_both_say_so() {
-    let serve =
-        |builder: Builder, name: &'static str| {
-            let server = builder.executors(1).share_port(true);
-            Site::start(server.serve(async move |_| {
-                Ok(service_fn(async move |_| Ok::<_, BoxError>(Response::new(Body::from(name)))))
-            }))
-        };
+fn servers_that_share_a_port_each_get_a_part_of_the_connections() {
     let (builder, address) = of_its_own(5);
-    let first = serve(builder, "first");
-    let second = serve(Server::builder().listen(address.as_str()), "second");
-    let (mut seen_first, mut seen_second) = (false, false);
-    eventually("both have answered", || {
-        match first.connect().get("/").text() {
-            "first" => seen_first = true,
-            _ => seen_second = true,
-        }
-        seen_first && seen_second
-    });
+    let first = Site::start(named(builder.executors(2).share_port(true), "first"));
+    let second = Server::builder().listen(address.as_str()).executors(2).share_port(true);
+    let second = Site::start(named(second, "second"));
+    assert!(second.steering().starts_with("by the kernel, since the port is shared"), "{}", second.steering());
+    // A hash that the kernel seeds spreads them: that one server gets none of 200 has a chance of 2 in 2^200.
+    let answers = who_answers(first.address(), 200);
+    for name in ["first", "second"] {
+        assert!(answers.iter().any(|answer| answer == name), "no connection for the {name} of {answers:?}");
+    }
     drop(second);
     assert_eq!(first.connect().get("/").text(), "first");
+}
+
+#[test]
+fn a_server_that_does_not_share_its_port_keeps_all_its_connections() {
+    let (builder, address) = of_its_own(7);
+    let site = Site::start(named(builder.executors(2), "not sharing"));
+    let other = Server::builder().listen(address.as_str()).executors(2).share_port(true);
+    let other = Site::start(named(other, "sharing"));
+    let answers = who_answers(site.address(), 60);
+    assert!(answers.iter().all(|answer| answer == "not sharing"), "{answers:?}");
+    drop(other);
+    let answers = who_answers(site.address(), 20);
+    assert!(answers.iter().all(|answer| answer == "not sharing"), "{answers:?}");
+}
+
+#[test]
+fn a_server_of_one_executor_that_does_not_share_its_port_is_not_joined() {
+    let (builder, address) = of_its_own(8);
+    let site = Site::start(named(builder.executors(1), "alone"));
+    let other = Server::builder().listen(address.as_str()).executors(2).share_port(true);
+    let error = settle(named(other, "sharing").start()).expect_err("the address is taken");
+    assert!(error.is_listen(), "{error:?}");
+    assert_eq!(site.connect().get("/").text(), "alone");
+}
+
+#[test]
+fn a_shared_port_is_served_by_the_executors_that_can() {
+    let (builder, address) = of_its_own(9);
+    // Two of three listeners have no executor, and connections come to them all the same.
+    let site = Site::start(named(builder.executors(1..=3).share_port(true), "one"));
+    assert_eq!(who_answers(address.parse().expect("it is one"), 30), vec!["one"; 30]);
+    assert!(site.stats().executors.iter().skip(1).all(|executor| executor.accepted == 0), "{:?}", site.stats());
 }
 
 #[test]
