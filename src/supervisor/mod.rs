@@ -329,8 +329,14 @@ impl Supervisor {
                 (End::Failed, format!("its background task '{name}' failed: {error}"))
             }
         };
-        tracing::error!(slot, generation, "an executor has ended, {what}; its connections are closed");
-        if let Some(backtrace) = failure.backtrace() {
+        if self.starting.is_some() {
+            // Whoever waits for the start hears of the first; that and no more is the news.
+            tracing::debug!(slot, generation, "an executor does not start, {what}");
+        } else {
+            tracing::error!(slot, generation, "an executor has ended, {what}; its connections are closed");
+        }
+        let is_news = self.starting.is_none() || self.failures.is_empty();
+        if let Some(backtrace) = failure.backtrace().filter(|_| is_news) {
             let write = move || tracing::error!(slot, generation, "its backtrace:\n{backtrace}");
             if !self.scribe.write(write) {
                 tracing::info!(slot, generation, "its backtrace is not shown: another is being written");

@@ -139,6 +139,8 @@ impl Supervisor {
             }
         } else if self.left_behind.contains_key(&(slot, thread)) {
             tracing::info!(slot, thread, "an executor's thread that was left behind has come back and ended");
+        } else if self.starting.is_some() {
+            tracing::debug!(slot, thread, "an executor's thread ended");
         } else {
             tracing::error!(slot, thread, "an executor's thread ended");
         }
@@ -147,11 +149,15 @@ impl Supervisor {
 
     /// What an executor is made from could not be had.
     pub(super) fn note_shortage(&mut self, slot: u16, generation: u64, what: &str) -> End {
-        tracing::error!(
-            slot,
-            generation,
-            "an executor could not be started: {what}; it is tried again, after longer and longer pauses"
-        );
+        if self.starting.is_some() {
+            tracing::debug!(slot, generation, "an executor could not be started: {what}");
+        } else {
+            tracing::error!(
+                slot,
+                generation,
+                "an executor could not be started: {what}; it is tried again, after longer and longer pauses"
+            );
+        }
         self.failures.insert(slot, what.to_owned());
         End::NoResources
     }

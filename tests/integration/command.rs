@@ -100,6 +100,18 @@ fn io_uring_refused_is_explained() {
 }
 
 #[test]
+fn a_start_that_fails_is_told_once() {
+    // The probe makes a few rings of its own; the second of the first executor cannot be had, nor any after.
+    let inject = "inject=io_uring_setup:error=ENOMEM:when=7+";
+    let strace = ["strace", "-f", "-o", "/dev/null", "-e", "trace=io_uring_setup", "-e", inject];
+    let ended = run(&strace, &["serve", "--listen", "127.0.0.1:0", "--executors", "4"]);
+    for untrue in ["ERROR", "tried again"] {
+        assert!(!ended.printed.contains(untrue), "{untrue:?} in:\n{}", ended.printed);
+    }
+    ended.expect(1, &["did not start"]);
+}
+
+#[test]
 fn too_little_locked_memory_is_explained() {
     // Root may lock memory whatever the limit; without that privilege the limit counts.
     let as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "prlimit", "--memlock=65536:65536"];
