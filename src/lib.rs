@@ -186,9 +186,9 @@
 //! ARCHITECTURE.md follows one connection through them.
 //!
 //! # Requirements
-//! Linux 6.1 or later with io_uring allowed (containers often block it) and 512 KiB of locked memory. A start without them
-//! fails with a sentence that says what is missing and what to do. Rust 1.88 or later; raising that is a minor version's
-//! matter.
+//! Linux 6.1 or later with io_uring allowed (containers often block it) and locked memory: 512 KiB at
+//! least, 276 KiB for each executor. A start without them fails with a sentence that says what is missing and what to do.
+//! Rust 1.88 or later; raising that is a minor version's matter.
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 mod adapters;

@@ -2,6 +2,7 @@
 
 mod beyond;
 mod checks;
+mod needs;
 pub(crate) mod sharded;
 mod supervision;
 
@@ -13,7 +14,6 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::Duration;
 
 use crate::blocking::{self, Pool};
@@ -36,19 +36,13 @@ use crate::supervisor::post::{self, Message, Post};
 use crate::supervisor::{self, signals};
 use crate::sys::bind::ListenOptions;
 use crate::sys::heartbeats::Heartbeats;
-use crate::sys::{affinity, limits, membarrier, probe, procfs};
+use crate::sys::{affinity, limits, membarrier, procfs};
 use crate::upgrade::successor::Launch;
 use crate::{BoxError, Error};
 
-/// Descriptors kept for everything that is not a connection: files, logs, the embedder's own.
-const DESCRIPTORS_RESERVED: u64 = 64;
-/// Descriptors of one executor besides its connections: glommio's rings and eventfds, ours, the reserve.
-const DESCRIPTORS_PER_EXECUTOR: u64 = 16;
 /// How long a turn may take until new connections go elsewhere, where the steering program sees heartbeats: as long as
 /// 64 busy executors on two CPUs may have to wait for each other.
 const STALE_AFTER: Duration = Duration::from_millis(20);
-/// With less room than this per executor a server is not worth starting.
-const CONNECTIONS_MIN: u64 = 16;
 
 /// How the kernel chooses the executor of a new connection.
 ///
@@ -478,14 +472,10 @@ impl Server {
     fn start_with(self, inheritance: &mut Inheritance) -> Result<Order<Running>, Error> {
         let Self { builder, factory } = self;
         builder.check()?;
-        // On a thread of its own: the kernel takes a closed ring down a little later, and then interrupts whatever system
-        // call the thread that made the ring is in (EINTR).
-        let probed = thread::scope(|scope| scope.spawn(probe::io_uring).join());
-        let probed = probed.expect("the probe returns what goes wrong, it does not panic");
-        probed.map_err(|error| Error::new(Kind::System, error.to_string()))?;
-        membarrier::register();
         let cpus = builder.executor_cpus()?;
         let mut warnings = Vec::new();
+        builder.probe(cpus.len(), &mut warnings)?;
+        membarrier::register();
         let connections_max = builder.room(cpus.len(), &mut warnings)?;
         // Before the executors, who write their heartbeats into its memory.
         let kernel = Kernel::probe(cpus.len() as u16, builder.realise()?);
@@ -561,31 +551,6 @@ impl Builder {
             return Err(Error::new(Kind::Usage, format!("{count} executors were asked for: give 1 to {most}")));
         }
         Ok((0..count).map(|slot| cpus[slot % cpus.len()]).collect())
-    }
-
-    /// Connections each executor may have open.
-    fn room(&self, executors: usize, warnings: &mut Vec<String>) -> Result<u64, Error> {
-        let limit = limits::nofile()
-            .map_err(|error| Error::new(Kind::System, format!("reading the limit on open files: {error}")))?;
-        let executors = executors as u64;
-        let taken = DESCRIPTORS_RESERVED + executors * (DESCRIPTORS_PER_EXECUTOR + self.listen.len() as u64);
-        let room = limit.soft.saturating_sub(taken) / executors;
-        if room < CONNECTIONS_MIN {
-            let message = format!(
-                "{} open files are allowed, which leaves {room} connections to each of {executors} executors: raise the \
-                 limit (ulimit -n, LimitNOFILE=; the hard limit is {}) or run fewer executors",
-                limit.soft, limit.hard
-            );
-            return Err(Error::new(Kind::System, message));
-        }
-        if let Some(asked) = self.connections_max.filter(|asked| *asked > room) {
-            warnings.push(format!(
-                "{asked} connections per executor were asked for, but the {} open files allowed leave {room} to each of \
-                 {executors}: raise the limit (ulimit -n, LimitNOFILE=)",
-                limit.soft
-            ));
-        }
-        Ok(self.connections_max.map_or(room, |asked| asked.min(room)))
     }
 
     fn bind(

@@ -19,8 +19,8 @@ use glommio::{LocalExecutor, LocalExecutorBuilder, Placement, PoolPlacement};
 
 use super::core::Failure;
 use crate::panics::caught;
-use crate::sys::affinity;
 use crate::sys::thread::try_join;
+use crate::sys::{affinity, limits};
 
 /// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
 const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
@@ -28,6 +28,13 @@ const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
 const GLOMMIO_RING_DEPTH: usize = 64;
 /// Large on purpose: with a short one glommio 0.9 can park with runnable work (see ARCHITECTURE.md, "Parking").
 const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);
+
+/// What the kernel counts as locked memory for one executor of glommio's, in bytes: three rings, and the memory for direct
+/// I/O once for each of them. It does without the latter where the limit is too low, but takes it where it gets it.
+pub(crate) fn locked_bytes() -> u64 {
+    let depth = GLOMMIO_RING_DEPTH as u32;
+    3 * (limits::ring_bytes(depth, 2 * depth) + limits::whole_pages(GLOMMIO_IO_MEMORY_BYTES as u64))
+}
 
 /// What the system calls a thread that waits; 15 bytes is what it takes.
 const NAME_IDLE: &str = "ringleader-idle";

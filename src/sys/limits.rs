@@ -39,6 +39,22 @@ pub fn raise_memlock() -> io::Result<(u64, u64)> {
     get(libc::RLIMIT_MEMLOCK)
 }
 
+/// What the kernel counts as locked memory for an io_uring with so many entries, where it counts it: one piece for the two
+/// queues with their heads, one for the entries that are submitted.
+pub fn ring_bytes(submission: u32, completion: u32) -> u64 {
+    // `struct io_rings`; an index of four bytes for each entry to submit, unless NO_SQARRAY saves them.
+    const HEADS: u64 = 320;
+    let queues = HEADS + 16 * u64::from(completion) + 4 * u64::from(submission);
+    whole_pages(queues) + whole_pages(64 * u64::from(submission))
+}
+
+/// Memory is locked by the page.
+pub fn whole_pages(bytes: u64) -> u64 {
+    // SAFETY: has no preconditions.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    bytes.next_multiple_of(u64::try_from(page).unwrap_or(4096).max(1))
+}
+
 /// The longest queue the kernel grants a listener (`net.core.somaxconn` of this network namespace).
 pub fn somaxconn() -> Option<u32> {
     fs::read_to_string("/proc/sys/net/core/somaxconn").ok()?.trim().parse().ok()

@@ -358,7 +358,7 @@ impl Error for RingUnavailable {
 }
 
 /// A limit in bytes, as people read it.
-struct Bytes(u64);
+pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

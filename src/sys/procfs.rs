@@ -77,6 +77,23 @@ pub fn cbpf_replacement_is_safe(release: &str) -> Option<bool> {
     Some(patch >= fixed_in)
 }
 
+/// Whether a kernel of this release counts the memory of rings as locked: since 6.14.
+pub fn counts_rings_as_locked(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse::<u32>().ok());
+    let mut next = || numbers.next().flatten().unwrap_or_default();
+    (next(), next()) >= (6, 14)
+}
+
+/// Whether this process may lock as much memory as it likes: CAP_IPC_LOCK, in no user namespace but the first.
+pub fn may_lock_any_memory() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    let namespace = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let is_the_first = namespace.split_whitespace().eq(["0", "0", "4294967295"]);
+    is_the_first && effective.is_some_and(|capabilities| capabilities >> CAP_IPC_LOCK & 1 == 1)
+}
+
 /// What the kernel says about a thread's use of CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheduling {
@@ -271,6 +288,20 @@ mod tests {
         let own = scheduling(unsafe { libc::gettid() }).unwrap();
         assert_eq!(own.state, ThreadState::Runnable);
         assert_eq!(scheduling(0), None);
+    }
+
+    #[test]
+    fn rings_count_as_locked_memory_since_6_14() {
+        for (release, counts) in [
+            ("6.1.0-9-amd64", false),
+            ("6.13.9", false),
+            ("6.14", true),
+            ("6.18.44-vm", true),
+            ("7.0-rc1", true),
+            ("?", false),
+        ] {
+            assert_eq!(counts_rings_as_locked(release), counts, "{release}");
+        }
     }
 
     #[test]

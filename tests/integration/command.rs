@@ -83,7 +83,8 @@ fn an_address_of_another_machine_is_explained() {
 
 #[test]
 fn too_few_descriptors_are_explained() {
-    let words = &["open files", "ulimit -n", "LimitNOFILE"];
+    // 64, and for each executor 16, one for its listener, and 16 for connections.
+    let words = &["40 open files", "130 at least", "ulimit -n", "LimitNOFILE"];
     run(&["prlimit", "--nofile=40:40"], &["serve", "--listen", "127.0.0.1:0", "--executors", "2"]).expect(1, words);
 }
 
@@ -109,6 +110,30 @@ fn a_start_that_fails_is_told_once() {
         assert!(!ended.printed.contains(untrue), "{untrue:?} in:\n{}", ended.printed);
     }
     ended.expect(1, &["did not start"]);
+}
+
+#[test]
+fn a_thread_that_cannot_be_had_at_the_start_is_an_error() {
+    let inject = "inject=clone3:error=EAGAIN:when=1";
+    let strace = ["strace", "-f", "-o", "/dev/null", "-e", "trace=clone3", "-e", inject];
+    let ended = run(&strace, &["serve", "--listen", "127.0.0.1:0", "--executors", "1"]);
+    ended.expect(1, &["starting a thread", "ulimit -u"]);
+}
+
+#[test]
+fn too_little_locked_memory_for_so_many_executors_is_explained() {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("Linux has it");
+    let version: Vec<u32> = release.split(['.', '-', '\n']).map_while(|number| number.parse().ok()).take(2).collect();
+    if version < vec![6, 14] {
+        return eprintln!("skipped: before Linux 6.14 rings are not counted");
+    }
+    // Still root, if it was, and without any privilege of root's.
+    let without_privilege = ["setpriv", "--bounding-set=-all", "prlimit", "--memlock=1048576:2097152"];
+    // SAFETY: has no preconditions and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let wrapper = if root { &without_privilege[..] } else { &without_privilege[2..] };
+    let ended = run(wrapper, &["serve", "--listen", "127.0.0.1:0", "--executors", "16"]);
+    ended.expect(1, &["locked memory", "2048 KiB", "16 executors need", "ulimit -l", "LimitMEMLOCK="]);
 }
 
 #[test]

@@ -20,6 +20,8 @@ use slab::Slab;
 pub(crate) use buffers::Buffer;
 use buffers::Buffers;
 
+use crate::sys::limits;
+
 /// Group id of the one provided-buffer ring.
 const BUFFER_GROUP: u16 = 0;
 /// Submission entries. A turn that needs more submits in between; 256 is what a turn over 64 busy connections needs,
@@ -94,6 +96,12 @@ pub(crate) struct Completion {
     pub buffer: Option<Buffer>,
     /// The bytes of a finished send, given back for reuse.
     pub sent: Vec<u8>,
+}
+
+/// What Linux 6.14 and later count as locked memory for a ring with these options, in bytes.
+pub(crate) fn locked_bytes(options: RingOptions) -> u64 {
+    let of_buffers = u64::from(options.buffers) * size_of::<types::BufRingEntry>() as u64;
+    limits::ring_bytes(SUBMISSION_ENTRIES, COMPLETION_ENTRIES) + limits::whole_pages(of_buffers)
 }
 
 pub(crate) struct Ring {
