@@ -16,7 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let opened = Files::open(&root)?.listing(true);
     let address = std::env::args().nth(2).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
     println!("serving {} on http://{address}", root.display());
-    let server = Server::builder().listen(address).stop_on_signals().serve(async move |_| {
+    // Each download has its file open beside its connection.
+    let builder = Server::builder().listen(address).descriptors_per_connection(2).stop_on_signals();
+    let server = builder.serve(async move |_| {
         // Each executor has a descriptor of its own. What is read from a disk goes through its ring: a slow disk keeps
         // this request waiting and no other.
         let files = opened.try_clone()?;

@@ -194,6 +194,7 @@ impl Listen {
 ///     .executors(4)
 ///     .cpus([0, 2, 4, 6])
 ///     .connections_max(20_000)
+///     .descriptors_per_connection(2) // each has a file open while it is answered
 ///     .backlog(1024)
 ///     .keepalive(Some(Duration::from_secs(30)))
 ///     .user_timeout(Some(Duration::from_secs(60)))
@@ -215,6 +216,7 @@ pub struct Builder {
     steering: Steering,
     policy: policy::Config,
     connections_max: Option<u64>,
+    descriptors_per_connection: u64,
     backlog: u32,
     keepalive: Option<Duration>,
     user_timeout: Option<Duration>,
@@ -285,6 +287,7 @@ impl Builder {
             steering: Steering::default(),
             policy: policy::Config::default(),
             connections_max: None,
+            descriptors_per_connection: 1,
             backlog: 4096,
             keepalive: Some(Duration::from_secs(60)),
             user_timeout: Some(Duration::from_secs(180)),
@@ -344,6 +347,14 @@ impl Builder {
     /// open files leaves to each executor.
     pub fn connections_max(mut self, count: u64) -> Self {
         self.connections_max = Some(count);
+        self
+    }
+
+    /// Descriptors that a connection takes in the limit on open files, itself included, 1 at least: what
+    /// [`connections_max`](Self::connections_max) is computed with. Default 1; 2 where each request may open a file
+    /// ([`Files`](crate::Files)) or a connection of its own (a proxy), since otherwise those fail first when clients are many.
+    pub fn descriptors_per_connection(mut self, count: u64) -> Self {
+        self.descriptors_per_connection = count;
         self
     }
 

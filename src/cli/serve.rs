@@ -312,6 +312,10 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     if let Some(list) = &arguments.cpus {
         builder = builder.cpus(ringleader::parse_cpu_list(list).map_err(Failure::Usage)?);
     }
+    if arguments.root.is_some() {
+        // Each download has its file open.
+        builder = builder.descriptors_per_connection(2);
+    }
     if let Some(count) = arguments.connections {
         builder = builder.connections_max(count);
     }

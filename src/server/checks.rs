@@ -43,6 +43,8 @@ impl Builder {
         let at_least_one = "give 1 at least";
         let connections = self.connections_max.unwrap_or(1);
         holds(connections > 0, "`connections_max`", connections, at_least_one)?;
+        let descriptors = self.descriptors_per_connection;
+        holds(descriptors > 0, "`descriptors_per_connection`", descriptors, at_least_one)?;
         holds(self.backlog > 0, "`backlog`", self.backlog, at_least_one)?;
         holds(self.blocking_threads_max > 0, "`blocking_threads_max`", self.blocking_threads_max, at_least_one)?;
         let in_flight = self.overload.in_flight_max;

@@ -55,10 +55,11 @@ impl Builder {
         let limit = limits::nofile()
             .map_err(|error| Error::new(Kind::System, format!("reading the limit on open files: {error}")))?;
         let executors = executors as u64;
+        let each = self.descriptors_per_connection;
         let taken = DESCRIPTORS_RESERVED + executors * (DESCRIPTORS_PER_EXECUTOR + self.listen.len() as u64);
-        let room = limit.soft.saturating_sub(taken) / executors;
+        let room = limit.soft.saturating_sub(taken) / executors / each;
         if room < CONNECTIONS_MIN {
-            let least = taken.saturating_add(executors.saturating_mul(CONNECTIONS_MIN));
+            let least = taken.saturating_add(executors.saturating_mul(each).saturating_mul(CONNECTIONS_MIN));
             let message = format!(
                 "{} open files are allowed, which leaves {room} connections to each of {executors} executors: raise the \
                  limit to {least} at least (ulimit -n, LimitNOFILE=; the hard limit, which only root raises, is {}), or run \

@@ -548,6 +548,26 @@ fn the_command_sends_a_large_file_by_sendfile() {
 }
 
 #[test]
+fn as_many_downloads_as_connections_are_promised_have_descriptors() {
+    let directory = Directory::new();
+    directory.file("large", 16 << 20);
+    let root = directory.0.display().to_string();
+    let mut server = spawn(&["prlimit", "--nofile=256:256"], &["--executors", "1", "--root", &root]);
+    let line = server.wait_for_line(" connections per executor");
+    let before = line.split(" connections per executor").next().unwrap_or_default();
+    let promised: usize = before.rsplit(' ').next().and_then(|count| count.parse().ok()).expect("it is a number");
+    assert!(promised >= 64, "{promised}");
+    // They read no more than the beginning, so each keeps the file open.
+    let mut clients: Vec<_> = (0..promised).map(|_| server.connect()).collect();
+    clients.iter_mut().for_each(|client| client.ask("/large"));
+    for (number, client) in clients.iter_mut().enumerate() {
+        let bytes = client.some().expect("it is answered");
+        let head = String::from_utf8_lossy(&bytes[..bytes.len().min(12)]).into_owned();
+        assert_eq!(head, "HTTP/1.1 200", "download {number} of {promised}");
+    }
+}
+
+#[test]
 fn a_client_that_does_not_read_a_file_is_reset_and_one_that_reads_slowly_is_not() {
     const LENGTH: usize = 64 << 20;
     let directory = Directory::new();

@@ -171,6 +171,7 @@ fn a_setting_that_cannot_work_is_a_usage_error_that_names_it() {
     for (builder, setting, given) in [
         (local(1).name("a\0b"), "`name`", r"a\0b"),
         (local(1).connections_max(0), "`connections_max`", "0"),
+        (local(1).descriptors_per_connection(0), "`descriptors_per_connection`", "0"),
         (local(1).backlog(0), "`backlog`", "0"),
         (local(1).blocking_threads_max(0), "`blocking_threads_max`", "0"),
         (local(1).keepalive(Some(NO_TIME)), "`keepalive`", "0ns"),
