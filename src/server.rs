@@ -168,11 +168,24 @@ impl Listen {
     fn resolve(&self) -> Result<Vec<SocketAddr>, Error> {
         let text = &self.text;
         let explain = |what: String| Error::new(Kind::Usage, format!("cannot listen on '{text}': {what}"));
-        if let Ok(address) = text.parse() {
-            return Ok(vec![address]);
+        match text.parse() {
+            Ok(SocketAddr::V6(address)) if address.ip().is_unicast_link_local() && address.scope_id() == 0 => {
+                let (ip, port) = (address.ip(), address.port());
+                return Err(explain(format!(
+                    "every interface has addresses like this; add the number of the one that is meant (`ip link` lists \
+                     them), as in [{ip}%2]:{port}"
+                )));
+            }
+            Ok(address) => return Ok(vec![address]),
+            Err(_) => {}
         }
         if !text.contains(':') {
             return Err(explain("an address and a port are needed, such as 127.0.0.1:8080 or [::]:80".to_owned()));
+        }
+        if text.starts_with(':') {
+            return Err(explain(format!(
+                "a host is missing before the port: 0.0.0.0{text} is every address of IPv4, [::]{text} of IPv6"
+            )));
         }
         let found = text.to_socket_addrs().map_err(|error| explain(error.to_string()))?;
         let mut addresses: Vec<SocketAddr> = found.collect();

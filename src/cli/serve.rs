@@ -381,6 +381,11 @@ impl Surroundings {
 }
 
 fn start_logging(filter: &str) -> Result<(), Failure> {
+    if filter.trim().is_empty() {
+        return Err(Failure::Usage(
+            "--log: give a level such as `info`, or a filter such as `ringleader=debug`".to_owned(),
+        ));
+    }
     let filter = EnvFilter::try_new(filter).map_err(|error| Failure::Usage(format!("--log {filter}: {error}")))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)

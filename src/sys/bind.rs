@@ -43,7 +43,7 @@ impl Default for ListenOptions {
 #[derive(Debug)]
 pub enum BindError {
     /// Someone listens there already; `holder` if `/proc` shows who.
-    InUse { addr: SocketAddr, holder: Option<Holder> },
+    InUse { addr: SocketAddr, holder: Option<Holder>, sharing: Sharing },
     /// No interface has the address, or its family is switched off.
     NotAvailable { addr: SocketAddr },
     /// The port is privileged and we are not, or a security module objects.
@@ -54,13 +54,45 @@ pub enum BindError {
     Other { addr: SocketAddr, attempt: &'static str, error: io::Error },
 }
 
+/// Whether it would help to share an address that is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// The kernel would let us in.
+    WouldHelp,
+    /// It would not.
+    WouldNot,
+    /// That was asked for, and it did not.
+    DidNot,
+}
+
+impl Sharing {
+    fn of(addr: SocketAddr, options: &ListenOptions) -> Self {
+        if options.share_port {
+            return Self::DidNot;
+        }
+        // Bound, it takes no connections yet.
+        if open_bound(addr, options, true).is_ok() { Self::WouldHelp } else { Self::WouldNot }
+    }
+
+    /// What there is to do about an address that is in use.
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::WouldHelp => {
+                "stop it, choose another port, or start both so that they share it (--share-port, `Builder::share_port`)"
+            }
+            Self::WouldNot => "stop it, or choose another port",
+            Self::DidNot => "it does not share the port, or belongs to another user: stop it, or choose another port",
+        }
+    }
+}
+
 /// Opens `count` non-blocking listeners on `addr` as one reuseport group, in order: index in the
 /// list == index in the group. With port 0 the first takes a free port and the others follow it
 /// ([`socket::local_addr`] tells which).
 ///
 /// Unless [`ListenOptions::share_port`], it is an error if anything listens on the address already.
 pub fn bind_group(addr: SocketAddr, count: usize, options: &ListenOptions) -> Result<Vec<OwnedFd>, BindError> {
-    let fail = |(attempt, error)| BindError::new(addr, count, attempt, error);
+    let fail = |(attempt, error)| BindError::new(addr, count, options, attempt, error);
     if count == 0 {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "no listener was asked for");
         return Err(fail(("to open listeners", error)));
@@ -85,7 +117,7 @@ pub fn adopt_group(
     count: usize,
     options: &ListenOptions,
 ) -> Result<(Vec<OwnedFd>, Option<BindError>), BindError> {
-    let fail = |(attempt, error)| BindError::new(addr, count, attempt, error);
+    let fail = |(attempt, error)| BindError::new(addr, count, options, attempt, error);
     for listener in &group {
         let listener = listener.as_fd();
         descriptors::set_nonblocking(listener).map_err(|error| fail((CONFIGURE, error)))?;
@@ -215,9 +247,12 @@ const KEEPALIVE_PROBES: i32 = 4;
 const KEEPALIVE_SECONDS_MAX: u128 = 32_767;
 
 impl BindError {
-    fn new(addr: SocketAddr, count: usize, attempt: &'static str, error: io::Error) -> Self {
+    fn new(addr: SocketAddr, count: usize, options: &ListenOptions, attempt: &'static str, error: io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::EADDRINUSE) => Self::InUse { addr, holder: procfs::listener_holders(addr).into_iter().next() },
+            Some(libc::EADDRINUSE) => {
+                let holder = procfs::listener_holders(addr).into_iter().next();
+                Self::InUse { addr, holder, sharing: Sharing::of(addr, options) }
+            }
             Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => Self::NotAvailable { addr },
             Some(libc::EACCES | libc::EPERM) => Self::Permission { addr },
             Some(libc::EMFILE | libc::ENFILE) => Self::TooManyFiles { addr, count },
@@ -229,7 +264,7 @@ impl BindError {
 impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::InUse { addr, holder } => {
+            Self::InUse { addr, holder, sharing } => {
                 write!(f, "cannot listen on {addr}: the address is in use by ")?;
                 match holder {
                     Some(holder) if holder.pid == std::process::id() => {
@@ -241,7 +276,7 @@ impl fmt::Display for BindError {
                     Some(holder) => write!(f, "{holder}")?,
                     None => write!(f, "a process that /proc does not show (try `ss -ltnp` as root)")?,
                 }
-                f.write_str("; stop it, choose another port, or allow the port to be shared")
+                write!(f, "; {}", sharing.remedy())
             }
             Self::NotAvailable { addr } => write!(
                 f,
@@ -347,7 +382,7 @@ mod tests {
             let group = bind_group(loopback(), count, &ListenOptions::default()).unwrap();
             let addr = socket::local_addr(group[0].as_fd()).unwrap();
             let error = bind_group(addr, 2, &ListenOptions::default()).unwrap_err();
-            let BindError::InUse { addr: reported, holder: Some(holder) } = &error else {
+            let BindError::InUse { addr: reported, holder: Some(holder), .. } = &error else {
                 panic!("{error:?}");
             };
             assert_eq!(*reported, addr);
@@ -376,7 +411,7 @@ mod tests {
         assert_eq!(socket::local_addr(second[1].as_fd()).unwrap(), addr);
         drop(group);
         let error = bind_group(addr, 1, &ListenOptions::default()).unwrap_err();
-        assert!(matches!(error, BindError::InUse { .. }), "{error:?}");
+        assert!(matches!(error, BindError::InUse { sharing: Sharing::WouldHelp, .. }), "{error:?}");
     }
 
     #[test]
@@ -387,9 +422,11 @@ mod tests {
             let options = ListenOptions { share_port, ..ListenOptions::default() };
             let addr = SocketAddr::from(([127, 0, 0, 1], port));
             let error = bind_group(addr, 1, &options).unwrap_err();
-            let BindError::InUse { holder, .. } = error else {
+            let BindError::InUse { holder, sharing, .. } = error else {
                 panic!("{error:?}");
             };
+            // Nobody can join an ordinary listener.
+            assert_eq!(sharing, if share_port { Sharing::DidNot } else { Sharing::WouldNot });
             assert_eq!(holder.unwrap().pid, std::process::id());
         }
     }

@@ -26,6 +26,10 @@ fn usage_errors_are_explained_and_end_with_status_2() {
         (&["--headers", "0"], &["--headers", "1 is the least"]),
         (&["--ready-path", "ready"], &["--ready-path", "such as /ready"]),
         (&["--log", "ringleader=loud"], &["--log"]),
+        (&["--log", ""], &["--log", "info"]),
+        (&["--listen", ":18001"], &["host", "0.0.0.0:18001", "[::]:18001"]),
+        (&["--listen", "[fe80::1]:18001"], &["interface", "ip link", "[fe80::1%2]:18001"]),
+        (&["--share-port", "--steering", "least-loaded"], &["shared", "random"]),
         (&["--no-such-flag"], &["--no-such-flag"]),
     ] {
         let free = if arguments[0] == "--listen" { &[][..] } else { &["--listen", "127.0.0.1:0"] };
@@ -49,6 +53,18 @@ fn a_port_in_use_is_explained_with_its_holder() {
     let holder = format!("{}", first.id());
     run(&[], &["serve", "--listen", &address]).expect(1, &[&address, "in use", &holder, "ringleader"]);
     assert_eq!(first.connect().get("/").status, 200);
+}
+
+#[test]
+fn sharing_a_port_in_use_is_proposed_where_it_can_help() {
+    // Nobody can join a single listener.
+    for (executors, options, proposed) in [("2", &[][..], true), ("1", &[], false), ("1", &["--share-port"], false)] {
+        let first = spawn(&[], &["--executors", executors]);
+        let address = first.address().to_string();
+        let ended = run(&[], &[&["serve", "--listen", &address], options].concat());
+        assert_eq!(ended.printed.contains("--share-port"), proposed, "{}", ended.printed);
+        ended.expect(1, &["in use", "another port"]);
+    }
 }
 
 #[test]
