@@ -18,7 +18,7 @@ PROOFS ?= spread panics cycles activation crash-loop bodies stall scale idle ord
 
 help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
-	@echo 'make test         every test: unit, integration, documentation, examples; then test-model, test-asan'
+	@echo 'make test         every test: unit, integration, documentation, examples, of the measuring programs; then test-model, test-asan'
 	@echo 'make test-model   every interleaving of the inbox, its wake-up and calls (with loom)'
 	@echo 'make test-asan    the tests of network, files and system calls under AddressSanitizer'
 	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
@@ -36,6 +36,7 @@ run: toolchain
 
 test: toolchain test-tools
 	$(CARGO) test --features $(FEATURES)
+	$(CARGO) test --package ringleader-peers --package ringleader-proofs
 	$(MAKE) test-model
 	$(MAKE) test-asan
 
