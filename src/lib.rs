@@ -266,6 +266,12 @@ pub type Request<B = Body> = http::Request<B>;
 /// A response; its head is [`http::Response`]'s.
 pub type Response<B = Body> = http::Response<B>;
 
+/// What the command of this package needs beyond the interface, outside of its promises.
+#[doc(hidden)]
+pub mod of_the_command {
+    pub use crate::sys::poll::wait_writable;
+}
+
 /// Raises this process's limits on open files and locked memory as far as it may, for a program that is a server and
 /// nothing else. The library never does so by itself.
 ///

@@ -3,6 +3,7 @@
 
 mod app;
 mod chaos;
+mod log;
 mod panics;
 mod serve;
 
@@ -47,11 +48,14 @@ pub(crate) fn run() -> ExitCode {
         Command::Serve(arguments) => serve::run(&arguments),
     };
     let (status, message) = match outcome {
-        Ok(()) => return ExitCode::SUCCESS,
-        Err(Failure::Usage(message)) => (2, message),
-        Err(Failure::Failed(message)) => (1, message),
-        Err(Failure::Unfinished(message)) => (3, message),
+        Ok(()) => (0, None),
+        Err(Failure::Usage(message)) => (2, Some(message)),
+        Err(Failure::Failed(message)) => (1, Some(message)),
+        Err(Failure::Unfinished(message)) => (3, Some(message)),
     };
-    eprintln!("ringleader: {message}");
+    if let Some(message) = message {
+        log::say(&format!("ringleader: {message}\n"));
+    }
+    log::finish();
     ExitCode::from(status)
 }

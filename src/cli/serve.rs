@@ -391,7 +391,9 @@ fn start_logging(filter: &str) -> Result<(), Failure> {
         .with_env_filter(filter)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
+        // What cannot be written is counted by the writer. To say so, the subscriber would print, and panic for it.
+        .log_internal_errors(false)
+        .with_writer(super::log::writer)
         .init();
     Ok(())
 }

@@ -20,6 +20,7 @@ mod idle;
 mod leaks;
 mod lifecycle;
 mod limits;
+mod log_sinks;
 mod overload;
 mod panics;
 mod panics_by_place;
