@@ -10,7 +10,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use framehop::FrameAddress;
 
@@ -20,6 +20,9 @@ use images::{Image, Loaded, SymbolsOf};
 
 /// How long a thread is given to answer. One that runs answers in microseconds; one that has not after this has no CPU.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How long the end of a server waits for a backtrace that is being made.
+const LAST_BACKTRACE: Duration = Duration::from_millis(500);
 
 /// Lines in the log; what is further out is counted.
 const LINES_MAX: usize = 40;
@@ -49,12 +52,20 @@ impl Scribe {
     }
 }
 
-/// What was begun is written.
+/// What was begun is written, if it does not take long: the end of a server does not wait for debug information to be read.
 impl Drop for Scribe {
     fn drop(&mut self) {
-        if let Some(thread) = self.0.take() {
-            let _ = thread.join();
+        const LOOK: Duration = Duration::from_millis(5);
+        let Some(thread) = self.0.take() else { return };
+        let give_up = Instant::now() + LAST_BACKTRACE;
+        while !thread.is_finished() {
+            if Instant::now() >= give_up {
+                tracing::info!("a backtrace is still being made, and is not waited for");
+                return;
+            }
+            std::thread::sleep(LOOK);
         }
+        let _ = thread.join();
     }
 }
 
@@ -75,7 +86,7 @@ impl Reporter {
     /// Reports on the thread of this slot, unless a report is still being made: then this stall has none.
     pub(super) fn report(&mut self, slot: u16, generation: u32, thread: ThreadId) {
         let sampler = Arc::clone(&self.sampler);
-        let report = move || match of_thread(&sampler, &thread) {
+        let report = move || match of_thread(sampler, &thread) {
             Ok(backtrace) => {
                 let backtrace = format!("\n{backtrace}");
                 tracing::warn!(slot, generation, %backtrace, "what the stalled executor is doing");
@@ -89,8 +100,10 @@ impl Reporter {
 }
 
 /// Samples `thread`, and says what it was doing, or why that cannot be told.
-fn of_thread(sampler: &Sampler, thread: &ThreadId) -> Result<Backtrace, SampleError> {
+fn of_thread(sampler: Arc<Sampler>, thread: &ThreadId) -> Result<Backtrace, SampleError> {
     let sample = sampler.sample(thread, ANSWER_TIMEOUT)?;
+    // The signal can be given back while the rest is still at work.
+    drop(sampler);
     // What follows is long work, at a time when executors that do serve have more to do than usual.
     affinity::step_back();
     Ok(Backtrace::of(&sample))

@@ -12,7 +12,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Samples a thread in `work`, which returns when the flag is set, until `done` with a sample.
 fn sample_until(work: fn(&AtomicBool), mut done: impl FnMut(StackSample) -> bool) {
-    let sampler = Sampler::install().unwrap();
+    let sampler = Arc::new(Sampler::install().unwrap());
     let end = Arc::new(AtomicBool::new(false));
     let (send, receive) = mpsc::channel();
     let ended = Arc::clone(&end);
@@ -133,7 +133,26 @@ fn names_and_paths_read_the_same_on_every_machine() {
 
 #[test]
 fn a_thread_that_has_ended_has_no_backtrace() {
-    let sampler = Sampler::install().unwrap();
+    let sampler = Arc::new(Sampler::install().unwrap());
     let thread = std::thread::spawn(|| ThreadId::current().unwrap()).join().unwrap();
-    assert!(matches!(of_thread(&sampler, &thread), Err(SampleError::Ended)));
+    assert!(matches!(of_thread(sampler, &thread), Err(SampleError::Ended)));
+}
+
+#[test]
+fn what_takes_long_to_write_is_not_waited_for_at_the_end() {
+    let (go_on, wait) = std::sync::mpsc::channel::<()>();
+    let mut scribe = Scribe::default();
+    assert!(scribe.write(move || wait.recv().unwrap_or_default()));
+    assert!(!scribe.write(|| ()), "one at a time");
+    drop(scribe);
+    assert_eq!(go_on.send(()), Ok(()), "the thread has ended before it could");
+}
+
+#[test]
+fn what_is_soon_written_is_waited_for_at_the_end() {
+    let (wrote, written) = std::sync::mpsc::channel();
+    let mut scribe = Scribe::default();
+    assert!(scribe.write(move || wrote.send(()).unwrap_or_default()));
+    drop(scribe);
+    assert_eq!(written.recv(), Ok(()));
 }
