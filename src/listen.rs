@@ -30,6 +30,8 @@ pub(crate) struct Group {
 pub(crate) struct Inheritance {
     /// Not used yet.
     groups: Vec<upgrade::Group>,
+    /// What the service manager has passed beside them, and cannot be served.
+    unusable: Vec<String>,
     /// It serves until it hears that this one does.
     pub predecessor: Option<Predecessor>,
 }
@@ -40,9 +42,12 @@ impl Inheritance {
         match inherited::from_environment() {
             Ok(Some((predecessor, groups))) => {
                 tracing::info!(process = predecessor.process(), "taking over from a running server");
-                Ok(Self { groups, predecessor: Some(predecessor) })
+                Ok(Self { groups, unusable: Vec::new(), predecessor: Some(predecessor) })
             }
-            Ok(None) if with_service_manager => Ok(Self { groups: systemd::listeners(), predecessor: None }),
+            Ok(None) if with_service_manager => {
+                let systemd::Passed { groups, unusable } = systemd::listeners();
+                Ok(Self { groups, unusable, predecessor: None })
+            }
             Ok(None) => Ok(Self::default()),
             Err(why) => Err(Error::new(Kind::Start, why)),
         }
@@ -51,6 +56,21 @@ impl Inheritance {
     /// Whether there is something to serve even if no address is asked for.
     pub(crate) fn has_activated(&self) -> bool {
         self.groups.iter().any(|group| group.activated > 0)
+    }
+
+    /// Fails when sockets were to be passed, and none is one to serve: who set that up does not mean an address of ours.
+    pub(crate) fn expect_usable(&self) -> Result<(), Error> {
+        if self.unusable.is_empty() || !self.groups.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "the service manager has passed {} descriptors (LISTEN_FDS), and none of them is a TCP socket that listens: {}; \
+             expected is a stream socket for an address and a port (ListenStream=8080), with Accept=no; or name an address \
+             to listen on (--listen)",
+            self.unusable.len(),
+            self.unusable.join(", ")
+        );
+        Err(Error::new(Kind::Listen, message))
     }
 
     /// Closes what nobody has asked for; the addresses and sizes of those groups. The process before this one, if there
@@ -210,8 +230,10 @@ mod tests {
             activated,
             sockets: None,
         };
-        let mut inheritance =
-            Inheritance { groups: vec![passed(dropped, 0), passed(activated, 1), passed(kept, 0)], predecessor: None };
+        let mut inheritance = Inheritance {
+            groups: vec![passed(dropped, 0), passed(activated, 1), passed(kept, 0)],
+            ..Inheritance::default()
+        };
         assert!(inheritance.has_activated());
         let mut warnings = Vec::new();
         let asked = [kept_at, "127.0.0.2:0".parse().unwrap()];

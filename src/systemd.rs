@@ -309,21 +309,32 @@ fn stored_index(name: &str) -> Option<usize> {
 
 /// The listeners that the service manager has opened (socket activation) or kept (`FDSTORE`) for this process. A process
 /// has them once.
-pub fn listeners() -> Vec<Group> {
+#[derive(Default)]
+pub struct Passed {
+    pub groups: Vec<Group>,
+    /// Numbers and names of descriptors that are something else.
+    pub unusable: Vec<String>,
+}
+
+/// What was passed to this process.
+pub fn listeners() -> Passed {
     let count = env::var("LISTEN_FDS").ok().and_then(|count| count.parse().ok()).unwrap_or(0);
     if count == 0 || !is_this_process("LISTEN_PID") {
-        return Vec::new();
+        return Passed::default();
     }
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let mut names = names.split(':');
+    let mut unusable = Vec::new();
     let named = descriptors::passed_at_start(count).into_iter().enumerate().filter_map(|(number, passed)| {
         let name = names.next().unwrap_or_default().to_owned();
         if passed.is_none() {
             tracing::warn!(descriptor = number + 3, name, "left alone, since it is no listening TCP socket");
+            unusable.push(format!("{} '{name}'", number + 3));
         }
         Some((name, passed?))
     });
-    group(named.collect())
+    let groups = group(named.collect());
+    Passed { groups, unusable }
 }
 
 /// Sorts listeners into groups: those of one address, activated ones first, stored ones in the order they had.

@@ -158,6 +158,9 @@ impl Builder {
 
     /// The addresses asked for.
     pub(super) fn addresses(&self, inheritance: &Inheritance) -> Result<Vec<SocketAddr>, Error> {
+        if self.listen.is_empty() && !self.without_listeners {
+            inheritance.expect_usable()?;
+        }
         let by_default =
             self.listen_by_default.iter().filter(|_| self.listen.is_empty() && !inheritance.has_activated());
         let found: Result<Vec<_>, _> = self.listen.iter().chain(by_default).map(Listen::resolve).collect();

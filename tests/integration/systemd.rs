@@ -225,3 +225,22 @@ fn what_waits_in_a_queue_outlives_a_crash_with_a_store_of_descriptors() {
     command.args(["-c", STORE, env!("CARGO_BIN_EXE_ringleader"), "127.0.0.1:0"]).stdin(Stdio::null());
     Process::of(&mut command).wait().expect(0, &["all served after a crash", "ringleader-127.0.0.1_"]);
 }
+
+#[test]
+fn a_socket_that_cannot_be_served_is_an_error_unless_another_address_is_given() {
+    let activated = |arguments: &[&str]| {
+        let mut command = Command::new("python3");
+        command.args([
+            "-c",
+            &ACTIVATE
+                .replace("socket.socket()", "socket.socket(type=socket.SOCK_DGRAM)")
+                .replace("listener.listen(5)", "pass"),
+            env!("CARGO_BIN_EXE_ringleader"),
+            "serve",
+        ]);
+        Process::of(command.args(arguments).stdin(Stdio::null()))
+    };
+    activated(&[]).wait().expect(1, &["LISTEN_FDS", "3 'web.socket'", "ListenStream=", "--listen"]);
+    let server = activated(&["--listen", "127.0.0.1:0"]).serving();
+    assert_eq!(server.connect().get("/").status, 200);
+}
