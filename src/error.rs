@@ -13,6 +13,8 @@ use std::sync::Arc;
 ///     eprintln!("{error}"); // what was attempted, what the system said, what to do
 ///     match () {
 ///         () if error.is_usage() => ExitCode::from(2),
+///         // It was told to stop while it started, and did.
+///         () if error.is_stopped() => ExitCode::SUCCESS,
 ///         // Another process has the port, or may have it in a moment.
 ///         () if error.is_listen() => ExitCode::from(75),
 ///         // No io_uring, not enough locked memory; a start-up closure that failed; executors that kept failing.
@@ -39,6 +41,8 @@ pub(crate) enum Kind {
     System,
     /// An executor did not start.
     Start,
+    /// The server was told to stop before it had started.
+    Stopped,
     /// Every slot has been quarantined.
     Quarantined,
     /// An order to a running server was not followed.
@@ -74,6 +78,12 @@ impl Error {
     #[must_use]
     pub fn is_start(&self) -> bool {
         self.0.kind == Kind::Start
+    }
+
+    /// The server was told to stop, by a signal, before it had started; it has stopped.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.0.kind == Kind::Stopped
     }
 
     /// An order to a running server was not followed, for the reason the message gives; the server goes on as before.

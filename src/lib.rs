@@ -208,6 +208,7 @@ mod order;
 mod panics;
 mod peers;
 mod protocol;
+mod rarely;
 mod server;
 mod service;
 mod settings;

@@ -1,4 +1,4 @@
-//! A line of the log that would come at every turn, held to one a second.
+//! A line of the log that would come at every turn, or with every request, held to one a second.
 
 use std::time::{Duration, Instant};
 
@@ -6,19 +6,19 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// What a line is about, counted while it is held back.
 #[derive(Debug, Default)]
-pub(super) struct Rarely {
+pub(crate) struct Rarely {
     said: Option<Instant>,
     unsaid: u64,
 }
 
 impl Rarely {
     /// `count` more of it have happened.
-    pub(super) fn count(&mut self, count: u64) {
+    pub(crate) fn count(&mut self, count: u64) {
         self.unsaid += count;
     }
 
     /// How many there were since the last line, when it is time for another.
-    pub(super) fn say(&mut self, now: Instant) -> Option<u64> {
+    pub(crate) fn say(&mut self, now: Instant) -> Option<u64> {
         if self.said.is_some_and(|said| now < said + AGAIN) {
             return None;
         }
@@ -27,7 +27,7 @@ impl Rarely {
     }
 
     /// Whether something has not been told.
-    pub(super) fn owes(&self) -> bool {
+    pub(crate) fn owes(&self) -> bool {
         self.unsaid > 0
     }
 }

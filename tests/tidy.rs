@@ -57,7 +57,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("task_queue", &["root", "error", "executor", "shard"]),
     ("shard_local", &["executor", "panics"]),
     ("protocol", &["root", "body", "executor", "files", "net", "panics", "server", "service", "settings", "time"]),
-    ("executor", &["blocking", "files", "net", "panics", "server", "settings", "shard", "shard_local", "sync", "sys"]),
+    (
+        "executor",
+        &["blocking", "files", "net", "panics", "rarely", "server", "settings", "shard", "shard_local", "sync", "sys"],
+    ),
     ("net", &["executor", "sys"]),
     ("blocking", &["oneshot", "panics", "sys"]),
     ("panics", &["settings"]),
@@ -68,9 +71,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("time", &["executor", "net"]),
     ("order", &["root", "error", "oneshot"]),
     ("oneshot", &[]),
-    ("files", &[]),
+    ("files", &["rarely"]),
     ("error", &[]),
     ("settings", &[]),
+    ("rarely", &[]),
     ("sync", &[]),
     ("sys", &[]),
 ];

@@ -228,7 +228,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let root = app.root();
     let surroundings = Surroundings::look();
     let builder = builder(arguments)?.reload_on_signal(move || reload(root.as_deref(), &surroundings));
-    let running = builder.serve(async move |shard: Shard| Ok(app.on(shard))).start().wait()?;
+    let running = builder.serve(async move |shard: Shard| Ok(app.on(shard))).start().wait();
+    let running = match running {
+        Err(error) if error.is_stopped() => {
+            tracing::info!("stopped as ordered: {error}");
+            return Ok(());
+        }
+        other => other?,
+    };
     announce(&running, arguments);
     let exit = running.join().wait()?;
     if exit.successor_failed {

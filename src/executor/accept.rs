@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cells::Cells;
-use super::rarely::Rarely;
 use super::reserve::{self, Claim};
+use crate::rarely::Rarely;
 use crate::sys::socket::{self, AcceptFailure};
 
 /// Connections accepted from one listener per turn: enough that a burst of 1,000 is taken within a few milliseconds,

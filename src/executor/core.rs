@@ -3,6 +3,7 @@
 
 use std::backtrace::Backtrace;
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
+use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -369,15 +370,27 @@ impl Core {
 
     /// Logs a panic, unless its place has had its share of lines.
     pub(crate) fn log(&self, scene: Scene, panic: &Panic) {
-        let said = self.lines.borrow_mut().note(panic.site(), self.now());
-        self.lines_due.set(self.lines.borrow().due());
-        let Some(more) = said else { return };
-        let more = more.map(|more| format!(" ({more})")).unwrap_or_default();
+        let Some(more) = self.may_say(&format!("panics at {}", panic.site())) else { return };
         let (slot, generation, place) = (self.slot, self.generation, panic.place.as_deref());
         tracing::error!(slot, generation, place, "{}: {}{more}", scene.cost(), panic.message);
     }
 
-    /// Tells of panics that got no line, when it is time to.
+    /// Logs an error that requests are answered with, unless `what` has had its share of lines: who sends them decides how
+    /// many there are.
+    pub(crate) fn log_refusal(&self, what: &str, error: &dyn fmt::Display) {
+        if let Some(more) = self.may_say(what) {
+            tracing::error!(slot = self.slot, %error, "{what}{more}");
+        }
+    }
+
+    /// What to add to a line of this kind, if there may be one: how many before it there were not.
+    fn may_say(&self, kind: &str) -> Option<String> {
+        let said = self.lines.borrow_mut().note(kind, self.now());
+        self.lines_due.set(self.lines.borrow().due());
+        said.map(|more| more.map(|more| format!(" ({more})")).unwrap_or_default())
+    }
+
+    /// Tells of what got no line, when it is time to.
     pub(crate) fn log_suppressed(&self) {
         let now = self.now();
         if self.lines_due.get().is_some_and(|due| due <= now) {
@@ -389,7 +402,7 @@ impl Core {
 
     fn log_counts(&self, counts: Vec<(String, More)>) {
         for (site, more) in counts {
-            tracing::error!(slot = self.slot, generation = self.generation, "panics at {site}: {more}");
+            tracing::error!(slot = self.slot, generation = self.generation, "{site}: {more}");
         }
     }
 

@@ -51,11 +51,12 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 /// How a generation ended.
 #[derive(Debug)]
 pub(crate) enum Ended {
-    /// It drained: true when everything had finished by the deadline.
+    /// It drained: true when everything had finished by the deadline. Or it was told to end at once, and there was nothing
+    /// left to finish.
     Drained {
         in_time: bool,
     },
-    /// It was told to end at once.
+    /// It was told to end at once, which cut connections off.
     Stopped,
     Failed(Failure),
 }
@@ -477,10 +478,10 @@ impl Generation {
     }
 
     fn is_over(&mut self) -> bool {
+        let finished = self.core.cells.open.get() == 0 && !self.owes_answers();
         if let Some(failure) = self.core.failure() {
             self.ended = Some(Ended::Failed(failure.clone()));
         } else if let (None, Some(deadline)) = (&self.ended, self.core.draining()) {
-            let finished = self.core.cells.open.get() == 0 && !self.owes_answers();
             if finished && self.waits_for_others {
                 self.at_work = None;
             }
@@ -488,6 +489,8 @@ impl Generation {
             if (finished && alone) || self.core.now() >= deadline {
                 self.ended = Some(Ended::Drained { in_time: finished });
             }
+        } else if let (Some(Ended::Stopped), true) = (&self.ended, finished) {
+            self.ended = Some(Ended::Drained { in_time: true });
         }
         self.ended.is_some()
     }

@@ -16,7 +16,6 @@ pub(crate) mod overload;
 pub(crate) mod park;
 #[cfg(feature = "glommio")]
 pub(crate) mod queues;
-mod rarely;
 pub(crate) mod reserve;
 pub(crate) mod slot;
 pub(crate) mod states;

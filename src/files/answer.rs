@@ -1,8 +1,11 @@
 //! How decisions become responses: status lines, headers, error pages, multipart framing. No I/O
 //! and no policy.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
+use std::thread::LocalKey;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LAST_MODIFIED, LOCATION, RETRY_AFTER};
@@ -13,10 +16,25 @@ use super::conditional::Validators;
 use super::offload::Overloaded;
 use super::path::PathError;
 use super::range::ByteRange;
+use crate::rarely::Rarely;
 
 pub(super) const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 pub(super) const HTML: HeaderValue = HeaderValue::from_static("text/html; charset=utf-8");
 pub(super) const BYTES: HeaderValue = HeaderValue::from_static("bytes");
+
+thread_local! {
+    /// What every request may meet while it lasts, and is told once a second.
+    static SHORT_OF_RESOURCES: RefCell<Rarely> = RefCell::default();
+    static UNREADABLE: RefCell<Rarely> = RefCell::default();
+}
+
+/// How often it has happened since the last line, when it is time for another.
+fn rarely(line: &'static LocalKey<RefCell<Rarely>>) -> Option<u64> {
+    line.with_borrow_mut(|line| {
+        line.count(1);
+        line.say(Instant::now())
+    })
+}
 
 /// An answer without a file: a status, one header that belongs to it, and a line of text.
 pub(super) struct Refusal {
@@ -68,11 +86,15 @@ impl From<io::Error> for Refusal {
                 StatusCode::FORBIDDEN.into()
             }
             Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN) => {
-                tracing::warn!(%error, "opening a file failed for lack of resources; raise the limit on open files (ulimit -n, LimitNOFILE=) if that is it");
+                if let Some(times) = rarely(&SHORT_OF_RESOURCES) {
+                    tracing::warn!(%error, times, "opening a file failed for lack of resources; raise the limit on open files (ulimit -n, LimitNOFILE=) if that is it");
+                }
                 Overloaded.into()
             }
             _ => {
-                tracing::error!(%error, "reading a file or directory failed; answered with 500");
+                if let Some(times) = rarely(&UNREADABLE) {
+                    tracing::error!(%error, times, "reading a file or directory failed; answered with 500");
+                }
                 StatusCode::INTERNAL_SERVER_ERROR.into()
             }
         }

@@ -289,11 +289,11 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
         return text(StatusCode::SERVICE_UNAVAILABLE, None, in_flight);
     }
     if error.is::<NoUpgrade>() {
-        tracing::error!(slot = in_flight.core.slot, "answered 501: {error}");
+        in_flight.core.log_refusal("answered 501", &error);
         let why = "this server does not upgrade connections to other protocols".to_owned();
         return text(StatusCode::NOT_IMPLEMENTED, Some(why), in_flight);
     }
-    tracing::error!(slot = in_flight.core.slot, %error, "a service failed; answered 500");
+    in_flight.core.log_refusal("a service failed; answered 500", &error);
     text(StatusCode::INTERNAL_SERVER_ERROR, None, in_flight)
 }
 

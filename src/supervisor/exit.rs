@@ -5,6 +5,18 @@ use crate::Error;
 use crate::error::Kind;
 use crate::handle::Exit;
 
+/// A drain that was told to end at once, or whose time was up, when nothing was left to finish has still finished everything.
+pub(super) fn unless_cut_off(outcome: Outcome, cut_off: bool) -> Outcome {
+    match outcome {
+        Outcome::Stopped { how: Stopped::Interrupted | Stopped::DeadlinePassed, handed_over, failed, abandoned }
+            if !cut_off =>
+        {
+            Outcome::Stopped { how: Stopped::Drained, handed_over, failed, abandoned }
+        }
+        other => other,
+    }
+}
+
 /// What everybody is told who waits for the end.
 ///
 /// `had_started`: whether `start` has been answered already. `threads_left` did not return, beside those that the policy
@@ -19,7 +31,7 @@ pub(super) fn result(
 ) -> Result<Exit, Error> {
     match outcome {
         Outcome::Stopped { .. } if !had_started => {
-            Err(Error::new(Kind::Start, "the server was stopped before it had started"))
+            Err(Error::new(Kind::Stopped, "the server was stopped before it had started"))
         }
         Outcome::Stopped { how, handed_over, failed, abandoned } => Ok(Exit {
             drained: how == Stopped::Drained && failed == 0,

@@ -92,6 +92,8 @@ struct Supervisor {
     failures: HashMap<u16, String>,
     signals: Option<signals::Watch>,
     stop_signals: u32,
+    /// A generation that ended during the stop had something left to finish.
+    cut_off: bool,
     blocking: Arc<Pool>,
     /// Of the drain, while nobody has ordered an immediate stop.
     drain_deadline: Option<Instant>,
@@ -138,6 +140,7 @@ pub(crate) fn start(
         failures: HashMap::new(),
         signals,
         stop_signals: 0,
+        cut_off: false,
         blocking: supervision.blocking,
         drain_deadline: None,
         handover: supervision.handover,
@@ -299,6 +302,7 @@ impl Supervisor {
             }
             Report::Ended { slot, generation, ended } => {
                 self.note_full(slot, generation, false);
+                self.cut_off |= !matches!(ended, Ended::Drained { in_time: true });
                 let how = match &ended {
                     Ended::Drained { in_time: true } => End::Drained,
                     Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,
@@ -395,7 +399,11 @@ impl Supervisor {
                 self.arm_rescue();
             }
             Action::Reattach => self.steer.reattach(&self.seats),
-            Action::CloseListeners => self.let_go_of_listeners(),
+            Action::CloseListeners => {
+                // What was cut off before was no part of the stop.
+                self.cut_off = false;
+                self.let_go_of_listeners();
+            }
             Action::Readiness(readiness) => {
                 if let Readiness::NotReady(why) = readiness {
                     tracing::info!("not ready: {}", words::not_ready(why));
@@ -523,6 +531,7 @@ impl Supervisor {
         seat.heartbeat.disown();
         self.left_behind.insert((slot, thread), seat);
         self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
+        self.cut_off |= connections > 0;
         connections
     }
 
@@ -633,6 +642,7 @@ impl Supervisor {
             None => self.failures.values().next().cloned(),
         };
         let lost = self.handover.heir_has_failed();
+        let outcome = exit::unless_cut_off(outcome, self.cut_off);
         let result = exit::result(outcome, self.starting.is_none(), threads_left, abandoned_closures, lost, failure_of);
         if let Err(error) = &result {
             self.handover.refuse(error);

@@ -132,6 +132,8 @@ impl Supervisor {
         if !self.threads.contains_key(&(slot, thread)) {
             return None;
         }
+        // Whatever connections there were.
+        self.cut_off = true;
         if let Some(failure) = failure {
             let generation = self.policy.slots().nth(usize::from(slot)).map_or(0, |status| status.generation);
             if self.note_failure(slot, u64::from(generation), failure) == End::NoResources {

@@ -6,9 +6,12 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::support::{BOUND, Client, eventually};
+use ringleader::{Request, Response};
+
+use crate::support::{BOUND, Client, Site, alone, eventually, spawn};
 
 /// Opens a listener for the command, whose log will not say where it serves, prints its port, and becomes the command.
 const ACTIVATE: &str = "
@@ -183,4 +186,60 @@ fn a_message_that_cannot_be_written_leaves_the_status_as_it_is() {
     };
     assert_eq!(run(&["serve", "--listen", "foo"]), Some(2));
     assert_eq!(run(&["serve", "--listen", "192.0.2.1:80"]), Some(1));
+}
+
+#[test]
+fn requests_for_files_that_cannot_be_opened_do_not_fill_the_log() {
+    const REQUESTS: usize = 200;
+    let root = env!("CARGO_MANIFEST_DIR");
+    let server = spawn(&[], &["--executors", "1", "--root", root]);
+    let mut client = server.connect();
+    assert_eq!(client.get("/Cargo.toml").status, 200);
+    let begun = Instant::now();
+    let allowed = server.limit_descriptors_for_now(3);
+    assert!((0..REQUESTS).all(|_| client.get("/Cargo.toml").status == 503));
+    server.limit_descriptors_for_now(allowed);
+    let most = 2 + begun.elapsed().as_secs();
+    server.signal(libc::SIGTERM);
+    let printed = server.wait().printed;
+    let lines = printed.lines().filter(|line| line.contains("opening a file failed")).count();
+    assert!((1..=most).contains(&(lines as u64)), "{lines} lines, {most} at most:\n{printed}");
+}
+
+const ORDERED: &str = "an error ordered by the test of how many lines are logged";
+
+/// Keeps the lines that tell of the error above.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<String>>>);
+
+impl Write for Kept {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let text = String::from_utf8_lossy(line);
+        if text.contains(ORDERED) {
+            self.0.lock().expect("nobody panics with it").push(text.into_owned());
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn errors_of_a_service_that_clients_can_cause_do_not_fill_the_log() {
+    if !alone("log_sinks::errors_of_a_service_that_clients_can_cause_do_not_fill_the_log") {
+        return;
+    }
+    const REQUESTS: usize = 200;
+    let (kept, begun) = (Kept::default(), Instant::now());
+    let writer = kept.clone();
+    tracing_subscriber::fmt().with_max_level(tracing::Level::ERROR).with_writer(move || writer.clone()).init();
+    let site = Site::serving(async |_: Request| Err::<Response, _>(ORDERED.into()));
+    let mut client = site.connect();
+    assert!((0..REQUESTS).all(|_| client.get("/").status == 500));
+    // A few at once, and then one a second on each executor.
+    let most = 5 + 1 + begun.elapsed().as_secs();
+    let lines = kept.0.lock().expect("nobody panics with it").len();
+    assert!((1..=most).contains(&(lines as u64)), "{lines} lines, {most} at most");
 }

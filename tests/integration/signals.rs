@@ -1,6 +1,8 @@
 //! Signals to the command.
 
-use crate::support::{Client, Process, expect_refusal, spawn};
+use std::process::{Command, Stdio};
+
+use crate::support::{Client, Process, eventually, expect_refusal, spawn};
 
 /// A server with a request under way, and its client.
 fn busy(arguments: &[&str]) -> (Process, Client) {
@@ -72,4 +74,37 @@ fn an_idle_server_ends_at_once() {
     server.signal(libc::SIGTERM);
     server.wait().expect(0, &["stopped"]);
     drop(idle);
+}
+
+#[test]
+fn a_second_signal_when_there_is_nothing_to_cut_off_is_no_failure() {
+    let mut server = spawn(&[], &["--drain-delay", "3600"]);
+    server.signal(libc::SIGTERM);
+    server.wait_for_line("draining");
+    server.signal(libc::SIGINT);
+    server.wait().expect(0, &["second signal", "drained=true"]);
+}
+
+#[test]
+fn two_signals_at_once_are_no_failure_either() {
+    let server = spawn(&[], &[]);
+    // Both are there when it goes on.
+    server.signal(libc::SIGSTOP);
+    server.signal(libc::SIGTERM);
+    server.signal(libc::SIGINT);
+    server.signal(libc::SIGCONT);
+    server.wait().expect(0, &["drained=true"]);
+}
+
+#[test]
+fn a_stop_that_comes_during_the_start_is_no_failure() {
+    let mut command = Command::new("strace");
+    // Each ring takes a second, and an executor has several. `-D`: the child is the command, and not strace.
+    command.args(["-D", "-f", "-o", "/dev/null", "-e", "trace=io_uring_setup"]);
+    command.args(["-e", "inject=io_uring_setup:delay_enter=1000000", env!("CARGO_BIN_EXE_ringleader")]);
+    command.args(["serve", "--listen", "127.0.0.1:0", "--executors", "1"]).stdin(Stdio::null());
+    let server = Process::of(&mut command);
+    eventually("signals are watched for, and the executor starts", || server.has_thread("signals"));
+    server.signal(libc::SIGTERM);
+    server.wait().expect(0, &["stopped before it had started"]);
 }
