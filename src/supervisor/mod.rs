@@ -417,6 +417,10 @@ impl Supervisor {
                 }
             }
             Action::StartFailed { slot, failure } => tracing::debug!(slot, ?failure, "the start has failed"),
+            Action::StartTimedOut { slot } => {
+                tracing::error!(slot, "an executor's start-up takes longer than the start timeout: it is stopped");
+                self.failures.insert(slot, "its start-up took too long".to_owned());
+            }
             Action::Quarantined { slot, reason } => tracing::error!(
                 slot,
                 "the slot is quarantined: {}; it gets no executor until the server is restarted",

@@ -350,6 +350,8 @@ impl Policy {
         if self.phase == Phase::Starting {
             self.fail_start(index, Failure::StartTimedOut, now);
         } else {
+            let slot = self.slots[index].index;
+            self.actions.push(Action::StartTimedOut { slot });
             self.stop_now(index, now);
         }
     }

@@ -167,6 +167,8 @@ pub enum Action {
     /// A first generation failed: `start()` will fail and name this slot. The rest is being stopped;
     /// `Exit` follows.
     StartFailed { slot: u16, failure: Failure },
+    /// A later generation was not ready within [`Config::start_timeout`]; `StopNow` follows. For the log.
+    StartTimedOut { slot: u16 },
     /// The slot gets no further generation.
     Quarantined { slot: u16, reason: Quarantine },
     /// So many executors are to run from now on, by order or by load: for the log.

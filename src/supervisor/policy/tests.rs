@@ -289,7 +289,7 @@ fn a_thread_that_dies_during_the_backoff_is_replaced_without_another_failure() {
 fn a_restart_that_hangs_quarantines_its_slot_and_its_thread_may_yet_come_back() {
     let mut bench = Bench::started(2);
     bench.ended(0, End::Panicked);
-    let stop = [Action::StopNow { slot: 0 }];
+    let stop = [Action::StartTimedOut { slot: 0 }, Action::StopNow { slot: 0 }];
     assert_eq!(bench.tick_after(Config::default().start_timeout), stop);
     let reason = Quarantine::Stuck;
     let stuck = [Action::Abandon { slot: 0, thread: 1 }, Action::Quarantined { slot: 0, reason }];

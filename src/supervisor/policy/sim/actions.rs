@@ -21,6 +21,7 @@ impl Model {
             | Action::Condemn { slot, .. }
             | Action::Abort { slot }
             | Action::StartFailed { slot, .. }
+            | Action::StartTimedOut { slot }
             | Action::Quarantined { slot, .. } => {
                 rule("slot exists", usize::from(slot) < self.slots.len(), action)?;
             }
@@ -32,6 +33,12 @@ impl Model {
             }
             Action::Drain { slot, deadline, why } => self.drain(slot, deadline, why),
             Action::StopNow { slot } => self.stop_now(slot),
+            Action::StartTimedOut { slot } => {
+                let account = &self.slots[usize::from(slot)];
+                let late = account.life == Life::Starting && self.now - account.started_at >= self.config.start_timeout;
+                rule("start", late && self.serves(), account)?;
+                Ok(vec!["a restart took too long"])
+            }
             Action::Join { slot, thread } => self.join(slot, thread),
             Action::Abandon { slot, thread } => self.abandon(slot, thread),
             Action::Condemn { slot, thread, generation } => self.condemn(slot, thread, generation),
