@@ -251,6 +251,7 @@ fn the_kernel_takes_the_longest_programs() {
                     *programs = Extended::load(policy().draw(), SLOTS_MAX, &mut none, &map).unwrap();
                     fixture.table.slots = SLOTS_MAX;
                 }
+                Way::Nothing => panic!("nobody asked for that"),
             }
             let scattered = (0..SLOTS_MAX).step_by(2).map(|slot| Share { slot, weight: 1 + slot % 7 });
             fixture.table.set(scattered.clone()).unwrap();

@@ -521,7 +521,9 @@ mod tests {
     #[test]
     fn every_failure_says_what_to_do() {
         let addr: SocketAddr = "127.0.0.1:80".parse().unwrap();
-        let of = |errno| BindError::new(addr, 3, BIND, io::Error::from_raw_os_error(errno)).to_string();
+        let of = |errno| {
+            BindError::new(addr, 3, &ListenOptions::default(), BIND, io::Error::from_raw_os_error(errno)).to_string()
+        };
         assert!(of(libc::EACCES).contains("CAP_NET_BIND_SERVICE"));
         assert!(of(libc::EACCES).contains("systemd"));
         assert!(of(libc::EMFILE).contains("3 listeners on 127.0.0.1:80"));
