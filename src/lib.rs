@@ -41,7 +41,7 @@
 //! | [`Body`], [`Connection`] | `Send`, so that a request can be passed on to where it has to be |
 //! | closures of [`Shard::spawn_blocking`] and what they return; [`Blocking`] | `Send` |
 //! | [`ShardLocal`], a handle to a value of one executor, whatever that is | `Send`, `Sync` and `Clone`; used elsewhere it panics |
-//! | [`Sleep`] | `Send`, for futures that must be; polled elsewhere than on its executor it panics |
+//! | [`Sleep`], [`Draining`] | `Send`, for futures that must be; polled elsewhere than on its executor it panics |
 //! | messages to other executors and their answers; [`Peers`], [`Sharded`], [`Call`] | `Send`; what they meet there need not be |
 //! | [`Server`], [`Running`], [`Handle`], [`Order`] | `Send`; [`Handle`] is `Clone`, too |
 //!
@@ -151,6 +151,7 @@
 //! | an executor's connections | [`Builder::connections_max`] | what the limit on open files leaves |
 //! | connections that wait for it | [`Builder::backlog`] | 4,096, or `somaxconn` |
 //! | its requests in flight, their delay | [`Overload`] | none |
+//! | calls of other executors | 4,096 wait, 65,536 have begun: [`PeerError::Full`] beyond | |
 //! | blocking closures of a server | [`Builder::blocking_threads_max`], [`Builder::blocking_queue_max`] | 64 run, 1,024 wait |
 //! | a start-up closure | [`Builder::start_timeout`] | 30 s |
 //! | a drain | [`Builder::drain_timeout`], [`Stop::Drain`] | 30 s |

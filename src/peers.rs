@@ -142,6 +142,9 @@ where
 {
     /// Keeps it as a task if it has to wait.
     fn begin(self: Arc<Self>, core: &Rc<Core>) {
+        if core.calls.get() >= BEGUN_MAX {
+            return self.settle(Err(PeerError::Full));
+        }
         let Some(message) = Exchange::begin(&self) else { return };
         // A thread that was given up while it hung: the promise's drop says so.
         let (noted, promise) = (core.inbox.begin_call(self.clone()), Promise::new(self));
@@ -161,6 +164,11 @@ where
         self.settle(Err(PeerError::Lost));
     }
 }
+
+/// Calls of one executor that have begun and wait for something. What others wait for beside it is theirs to bound, but an
+/// executor whose backend has stopped would otherwise take in calls until its memory is gone: each is a task of some
+/// hundred bytes.
+const BEGUN_MAX: usize = if cfg!(test) { 64 } else { 65_536 };
 
 /// A call that has been begun.
 struct Running {
@@ -326,5 +334,31 @@ impl<T: 'static> Sharded<T> {
 impl<T> fmt::Debug for Sharded<T> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_tuple("Sharded").field(&self.key.name).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test::App;
+    use crate::{Body, Request, Response, Server, service_fn};
+
+    #[test]
+    fn calls_that_have_begun_and_do_not_end_are_not_taken_without_bound() {
+        let app = App::with(Server::builder().executors(1), async |shard: Shard| {
+            Ok(service_fn(async move |_: Request| {
+                let (peers, here) = (shard.peers(), shard.id());
+                let begun: Vec<_> = (0..BEGUN_MAX)
+                    .map(|_| {
+                        peers.call(here, async |shard: Shard| shard.sleep(std::time::Duration::from_secs(3600)).await)
+                    })
+                    .collect();
+                let one_more = peers.call(here, async |_| ()).await;
+                drop(begun);
+                Ok(Response::new(Body::from(format!("{one_more:?}"))))
+            }))
+        });
+        let app = app.expect("it starts");
+        assert_eq!(app.get("/").expect("it answers").body(), "Err(Full)");
     }
 }

@@ -295,14 +295,16 @@ impl Shard {
     /// }
     /// ```
     pub fn draining(&self) -> Draining {
-        Draining { core: Rc::clone(&self.core), place: None }
+        Draining { home: self.core.serial, place: None }
     }
 }
 
-/// Completes when the executor is told to drain. Made by [`Shard::draining`].
+/// Completes when the executor is told to drain. Made by [`Shard::draining`]. `Send`, so that an axum handler may await it,
+/// but it is to be awaited where it was made.
 #[must_use = "this does nothing until it is awaited"]
 pub struct Draining {
-    core: Rc<Core>,
+    /// Serial of the generation it was made on.
+    home: u64,
     /// Where its waker is kept, which is not always that of its task.
     place: Option<usize>,
 }
@@ -310,11 +312,18 @@ pub struct Draining {
 impl Future for Draining {
     type Output = ();
 
+    /// # Panics
+    /// When polled elsewhere than on the executor, and in the generation, it was made on.
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        if self.core.draining().is_some() {
-            return Poll::Ready(());
+        let place = self.place;
+        let watched = Core::on(self.home, |core| match core.draining() {
+            Some(_) => None,
+            None => Some(core.watch_drain(place, context.waker())),
+        });
+        match watched.expect("a drain was waited for outside of the executor that drains") {
+            Some(place) => self.place = Some(place),
+            None => return Poll::Ready(()),
         }
-        self.place = Some(self.core.watch_drain(self.place, context.waker()));
         Poll::Pending
     }
 }
@@ -322,7 +331,8 @@ impl Future for Draining {
 impl Drop for Draining {
     fn drop(&mut self) {
         if let Some(place) = self.place {
-            self.core.unwatch_drain(place);
+            // Elsewhere the executor cannot be reached: it is woken in vain, once.
+            Core::on(self.home, |core| core.unwatch_drain(place));
         }
     }
 }

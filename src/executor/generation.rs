@@ -48,6 +48,11 @@ pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// to close with that answer; one that is closed at a moment of our choice may be in the middle of asking, and fail.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long messages of other executors may take of one turn: connections wait meanwhile. 4,096 of 25 us would be a stall.
+const MESSAGES_MAX: Duration = Duration::from_millis(5);
+/// So many of them are run between two looks at the clock.
+const MESSAGES_TIMED: usize = 64;
+
 /// How a generation ended.
 #[derive(Debug)]
 pub(crate) enum Ended {
@@ -329,8 +334,14 @@ impl Generation {
             core.home.take_back(|panic| core.contained(Scene::Returned, panic));
             // Those there are now: one that posts another has announced it, for the next turn.
             let jobs = if self.core.states.are_complete() { seat.inbox.jobs() } else { 0 };
-            for job in (0..jobs).map_while(|_| seat.inbox.next_job()) {
+            for number in 1..=jobs {
+                let Some(job) = seat.inbox.next_job() else { break };
                 job.run(&self.core);
+                let enough = number % MESSAGES_TIMED == 0 && core.now().elapsed() >= MESSAGES_MAX;
+                if enough && number < jobs {
+                    seat.inbox.look_again();
+                    break;
+                }
             }
         }
     }

@@ -32,7 +32,8 @@ use crate::sync::{Mutex, MutexGuard};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PeerError {
-    /// As many messages wait for that executor as may (4,096). Nothing was sent; the message may be tried again later.
+    /// As many messages wait for that executor as may (4,096), or it has begun as many calls as it may (65,536), which wait
+    /// for something. The message was not run, and may be tried again later.
     ///
     /// Nobody waits for room: two executors that waited for room with each other would wait for ever.
     Full,
