@@ -101,7 +101,8 @@ impl Stage {
             let next = escape.victim.executor == who.executor && escape.victim.generation < who.generation;
             if next && !escape.served_again {
                 escape.served_again = true;
-                let gap = escape.first_end.map_or(Duration::ZERO, |end| end.elapsed());
+                // When it answers before an end was seen, the end was after the order.
+                let gap = escape.first_end.unwrap_or(escape.ordered).elapsed();
                 let mut seen = self.seen.borrow_mut();
                 seen.restarts.record(escape.ordered.elapsed());
                 seen.gaps.record(gap);
