@@ -39,7 +39,8 @@ pub struct HttpLimits {
     /// gone or has only nothing more to send, as `nc -N` and clients of HTTP/1.0 do: those get what is answered within this
     /// time. 1 s: hyper and nginx, before its proxied answers, give up at once, which is [`Duration::ZERO`] here, except
     /// that an answer that is ready then is still sent. `None` is for clients that end their direction and wait long; a
-    /// handler then goes on for one that has gone. A client that resets its connection is given up at once in any case.
+    /// handler then goes on for one that has gone. A client that resets its connection instead is given up at once in any
+    /// case.
     pub half_close_timeout: Option<Duration>,
     /// How long what a client still sends after the last answer, or after an error, is thrown away before its connection is
     /// closed; it has seen the end of ours by then. Closing on unread bytes sends a reset, which may destroy the answer. 2 s;
