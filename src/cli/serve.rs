@@ -1,12 +1,14 @@
 //! `ringleader serve`: the built-in application, or files, until a signal.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use ringleader::{
     Escalation, Handle, HangPolicy, HttpLimits, Overload, PanicPolicy, RestartPolicy, Server, Shard, Steering,
 };
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use tracing_subscriber::EnvFilter;
 
 use super::{Failure, app};
@@ -236,6 +238,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         }
         other => other?,
     };
+    // One that comes after the server's end, before that of the process, is not to change the exit status.
+    for signal in [SIGTERM, SIGINT, SIGHUP, SIGUSR2] {
+        if let Err(error) = signal_hook::flag::register(signal, Arc::default()) {
+            tracing::warn!(signal, %error, "a signal that comes late may change the exit status");
+        }
+    }
     announce(&running, arguments);
     let exit = running.join().wait()?;
     if exit.successor_failed {

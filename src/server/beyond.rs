@@ -17,9 +17,8 @@ use crate::upgrade::successor::Launch;
 impl Builder {
     /// Drains on SIGTERM and SIGINT, and stops at once on the second. Without this no signal is touched.
     ///
-    /// Handlers that the program had for them are called as well, during the server's life and after it. If it had none,
-    /// the signals do nothing after the server's end: their default action, which ends the process, does not come back
-    /// (as with tokio's signals). A program that goes on after its server has to listen itself.
+    /// Handlers that the program had for them are called as well. When the server has ended, the signals do again what they
+    /// did before it, such as to end the process, unless a handler has been installed over the server's meanwhile: that stays.
     pub fn stop_on_signals(mut self) -> Self {
         self.signals.stop = true;
         self

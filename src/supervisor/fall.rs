@@ -42,9 +42,7 @@ impl Supervisor {
             seat.inbox.order(SlotOrder::Quit);
             let _ = guarded(|| seat.inbox.close());
         }
-        if let Some(signals) = self.signals.take() {
-            let _ = guarded(|| signals.end());
-        }
+        let _ = guarded(|| drop(self.signals.take()));
         let _ = guarded(|| self.directory().clear());
         let _ = guarded(|| self.join_all());
         let _ = guarded(|| self.blocking.close(Instant::now()));

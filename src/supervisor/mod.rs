@@ -637,9 +637,7 @@ impl Supervisor {
         self.directory().clear();
         let threads_left = self.await_ending();
         let abandoned_closures = self.close_blocking(inbox);
-        if let Some(signals) = self.signals.take() {
-            signals.end();
-        }
+        drop(self.signals.take());
         self.shared.ready.store(false, Ordering::Relaxed);
         let failure_of = |slot: Option<u16>| match slot {
             Some(slot) => self.failures.get(&slot).cloned(),

@@ -3,10 +3,10 @@
 use std::io;
 use std::thread::JoinHandle;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
-use signal_hook::iterator::{Handle, Signals};
+use libc::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 
 use super::post::{Message, Post};
+use crate::sys::signals::{Closer, Listener};
 
 /// Which signals a server listens to. The others are left alone.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,10 +26,10 @@ impl Wanted {
     }
 }
 
-/// Until [`Watch::end`], signals become messages.
+/// While it lives, signals become messages. Then they are given back: what they did before the server, they do again.
 pub(super) struct Watch {
-    handle: Handle,
-    thread: JoinHandle<()>,
+    closer: Closer,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// Watches for those wanted; `None` if none is.
@@ -38,10 +38,10 @@ pub(super) fn watch(wanted: Wanted, post: Post) -> io::Result<Option<Watch>> {
     if numbers.is_empty() {
         return Ok(None);
     }
-    let mut signals = Signals::new(numbers)?;
-    let handle = signals.handle();
+    let mut listener = Listener::new(&numbers)?;
+    let closer = listener.closer();
     let thread = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        for signal in signals.forever() {
+        while let Some(signal) = listener.next() {
             let message = match signal {
                 SIGUSR2 => Message::Upgrade(None),
                 SIGHUP => Message::Reload,
@@ -50,15 +50,15 @@ pub(super) fn watch(wanted: Wanted, post: Post) -> io::Result<Option<Watch>> {
             post.send(message);
         }
     })?;
-    Ok(Some(Watch { handle, thread }))
+    Ok(Some(Watch { closer, thread: Some(thread) }))
 }
 
-impl Watch {
-    /// Stops listening and ends the thread. The handler that calls the one before stays, since others may have theirs
-    /// behind it by now; so the default action does not come back.
-    pub(super) fn end(self) {
-        self.handle.close();
-        let _ = self.thread.join();
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.closer.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 

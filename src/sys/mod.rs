@@ -1,8 +1,8 @@
 //! What the runtime asks of Linux directly: sockets, descriptors, CPUs, limits, clocks and `/proc`.
 //!
 //! The unsafe code of the crate lives here and in `net::ring`, each block with the reason why it is
-//! sound. Nothing here decides anything, keeps state (but for the one signal handler of `stack_sample`) or knows of executors; every function makes one
-//! request and reports what the system answered.
+//! sound. Nothing here decides anything, keeps state or knows of executors; every function makes one request and reports
+//! what the system answered. But for signal handlers, which belong to the process (`signals`, `stack_sample`).
 
 pub mod affinity;
 pub mod bind;
@@ -19,6 +19,7 @@ pub mod memory;
 pub mod poll;
 pub mod probe;
 pub mod procfs;
+pub mod signals;
 pub mod socket;
 pub mod stack_sample;
 pub mod thread;

@@ -254,6 +254,33 @@ fn a_server_that_stops_on_signals_takes_none_away_from_the_host() {
 }
 
 #[test]
+fn signals_end_a_program_that_goes_on_after_its_server() {
+    const NAME: &str = "embedding::signals_end_a_program_that_goes_on_after_its_server";
+    if std::env::var_os(ALONE).is_some() {
+        let handlers = || signals().into_iter().map(|(handler, _)| handler).collect::<Vec<_>>();
+        let before = handlers();
+        for _ in 0..2 {
+            let builder = local(1).stop_on_signals().upgrade_on_signal().reload_on_signal(Vec::new);
+            let site = Site::start(builder.serve(async |_| Ok(service_fn(echo))));
+            assert_ne!(handlers(), before);
+            settle(site.stop(Stop::Now)).expect("it stops");
+            assert_eq!(handlers(), before);
+        }
+        eprintln!("goes on");
+        loop {
+            thread::park();
+        }
+    }
+    let itself = std::env::current_exe().expect("it is running");
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let mut child = Process::of(Command::new(&itself).args([NAME, "--exact", "--nocapture"]).env(ALONE, "1"));
+        child.wait_for_line("goes on");
+        child.signal(signal);
+        assert_eq!(child.wait().signal, Some(signal));
+    }
+}
+
+#[test]
 fn the_hosts_panic_hook_is_left_alone() {
     alone("the_hosts_panic_hook_is_left_alone", || {
         let seen = Arc::new(AtomicUsize::new(0));
