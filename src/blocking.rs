@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use crate::oneshot::Outcome;
 use crate::panics::lines::{Lines, More};
 use crate::panics::{self, Panic, caught};
-use crate::sys::affinity;
+use crate::sys::{affinity, socket};
 
 /// Threads at most, unless the builder says otherwise. A thread here waits for a disk, a name server or a database: 64
 /// keep a disk's queue full and are more than most databases want connections. tokio's 512 carries its file I/O as well,
@@ -69,6 +69,8 @@ pub(crate) struct Pool {
 struct Shared {
     name: String,
     cpus: Vec<usize>,
+    /// As in the thread that started the server.
+    blocks_sigpipe: bool,
     bounds: Bounds,
     state: Mutex<State>,
     /// There is work, or the pool has been closed.
@@ -96,7 +98,8 @@ impl Pool {
         let bounds = Bounds { threads_max: bounds.threads_max.max(1), ..bounds };
         let name = format!("{name}-blk");
         let (state, work, ended) = Default::default();
-        Self { shared: Arc::new(Shared { name, cpus, bounds, state, work, ended }) }
+        let blocks_sigpipe = socket::blocks_sigpipe();
+        Self { shared: Arc::new(Shared { name, cpus, blocks_sigpipe, bounds, state, work, ended }) }
     }
 
     /// Runs `closure` on a thread of the pool for generation `generation` of `slot`. A refusal is the ticket's outcome.
@@ -205,6 +208,10 @@ impl Shared {
         panics::mark_thread();
         if let Err(error) = affinity::run_on(&self.cpus) {
             tracing::debug!(%error, "a thread for blocking calls stays on its executor's CPU");
+        }
+        // What is started here inherits it, and a child that writes to a pipe whose reader has gone is to end.
+        if let Err(error) = socket::block_sigpipe(self.blocks_sigpipe) {
+            tracing::debug!(%error, "a thread for blocking calls blocks SIGPIPE, as its executor does");
         }
         while let Some(job) = self.next_job() {
             self.guard(job.slot, job.generation, job.run);

@@ -46,7 +46,8 @@
 //! | [`Server`], [`Running`], [`Handle`], [`Order`] | `Send`; [`Handle`] is `Clone`, too |
 //!
 //! An executor is one thread: a handler that computes or blocks for long holds up every connection of it.
-//! [`Shard::spawn_blocking`] takes such work elsewhere.
+//! [`Shard::spawn_blocking`] takes such work elsewhere. The thread is pinned to its CPU and blocks SIGPIPE, which threads and
+//! processes that are made in handlers or the start-up closure inherit: make them in [`Shard::spawn_blocking`] as well.
 //!
 //! # Where state goes
 //! | it belongs to | it is | it lives |

@@ -49,6 +49,9 @@ impl fmt::Display for SlotId {
 /// This executor: identity, timers, tasks. Given to the start-up closure; clone it into whatever needs it. It is bound
 /// to its thread (neither `Send` nor `Sync`) and to one generation.
 ///
+/// The thread is pinned to one CPU and blocks SIGPIPE. Threads and processes that are made on it (a thread pool on first
+/// use, `std::process::Command`) inherit both: make them in [`Shard::spawn_blocking`], or outside of the server.
+///
 /// ```
 /// use ringleader::{Body, Request, Response, Server, Shard, service_fn};
 ///
@@ -198,6 +201,9 @@ impl Shard {
     /// [`Builder::blocking_queue_max`](crate::Builder::blocking_queue_max) says may wait for one; more fail at once with a
     /// [`TaskError`] that [is overloaded](TaskError::is_overloaded), and that a service may return as it is: it is answered
     /// with 503.
+    ///
+    /// What the closure starts, threads and processes, may run on every CPU that the server's process may, and does not
+    /// inherit what an executor's thread has of its own. An executor's thread is pinned, and so is what is started on it.
     ///
     /// A panic in the closure becomes the error, and costs nothing else. Dropping the [`Blocking`], which the end of the
     /// generation does too, takes the closure not back: it runs to its end, and its result is dropped on its thread. When

@@ -251,7 +251,7 @@ impl Drop for ThreadGuard {
 
 /// Fails where there is not even an executor for generations to live in.
 fn execute(seat: &SlotSeat, executor: &LocalExecutor) -> Result<Condition, Failure> {
-    if let Err(error) = socket::block_sigpipe() {
+    if let Err(error) = socket::block_sigpipe(true) {
         tracing::warn!(slot = seat.slot, %error, "SIGPIPE is not blocked on an executor; harmless while the program ignores it");
     }
     // It stays ours: glommio never drops a task that waits, and when a panic gets out of it nothing else of it either.

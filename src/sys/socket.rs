@@ -105,20 +105,32 @@ pub fn send_file(fd: BorrowedFd<'_>, file: BorrowedFd<'_>, position: u64, length
     Ok(sent as usize)
 }
 
-/// Keeps SIGPIPE from this thread, and from those that it starts. [`send_file`] raises it, on the calling thread, when
+/// Keeps SIGPIPE from this thread, and from the threads and processes that it starts; `false`: no longer. [`send_file`] raises it, on the calling thread, when
 /// the peer has gone, and has no flag against that. Rust programs ignore the signal anyway; an embedder may not, and its
 /// disposition is not ours to change.
-pub fn block_sigpipe() -> io::Result<()> {
+pub fn block_sigpipe(block: bool) -> io::Result<()> {
+    let how = if block { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
     // SAFETY: a signal set is plain bits, for which all zeroes is a value; sigemptyset makes it one by the book.
     let mut set: libc::sigset_t = unsafe { mem::zeroed() };
     // SAFETY: `set` is live; these write to it, and pthread_sigmask reads it and wants no old mask.
     let result = unsafe {
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, libc::SIGPIPE);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
+        libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut())
     };
     // It returns its error and leaves errno alone.
     if result != 0 { Err(io::Error::from_raw_os_error(result)) } else { Ok(()) }
+}
+
+/// Whether this thread blocks SIGPIPE.
+pub fn blocks_sigpipe() -> bool {
+    // SAFETY: as in `block_sigpipe`.
+    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: `set` is live; the first call writes the thread's mask to it and sets none, the second reads it.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut set);
+        libc::sigismember(&raw const set, libc::SIGPIPE) == 1
+    }
 }
 
 /// Receives what has arrived; 0 at the end of the stream (or for an empty buffer).

@@ -413,3 +413,19 @@ fn a_fork_of_the_host_starts_servers_of_its_own() {
         serve();
     });
 }
+
+/// On which CPUs a child of the calling thread may run, and which signals it blocks.
+fn surroundings_of_a_child() -> String {
+    let child = Command::new("grep").args(["-E", "Cpus_allowed_list|SigBlk", "/proc/self/status"]).output();
+    String::from_utf8(child.expect("grep is there").stdout).expect("text")
+}
+
+#[test]
+fn children_made_beside_the_executors_have_what_the_host_has() {
+    let site = Site::start(local(1).serve(async |shard: Shard| {
+        Ok(service_fn(async move |_: Request| {
+            Ok(Response::new(Body::from(shard.spawn_blocking(surroundings_of_a_child).await?)))
+        }))
+    }));
+    assert_eq!(site.connect().get("/").text(), surroundings_of_a_child());
+}
