@@ -44,20 +44,28 @@ pub(crate) fn is_possible(method: &Method, body: &impl HttpBody) -> bool {
 
 /// Takes the file out of a response, if it has one that is to go past hyper, and promises its length.
 pub(super) fn take_file<B: 'static>(response: &mut Response<B>) -> Option<FileBody> {
+    // Asked first: most responses have none, and their header fields need not be looked at.
+    file_of(response.body_mut())?;
     let (status, headers) = (response.status(), response.headers());
     let bodiless = status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     if bodiless || headers.contains_key(header::TRANSFER_ENCODING) {
         return None;
     }
-    let body: &mut dyn Any = response.body_mut();
-    let file = match body.downcast_mut::<Body>() {
-        Some(body) => body.file_mut(),
-        None => body.downcast_mut::<FileBody>(),
-    };
-    let file = file.filter(|file| file.is_for_sendfile())?;
+    let file = file_of(response.body_mut())?;
     let file = std::mem::replace(file, FileBody::empty());
     response.headers_mut().insert(header::CONTENT_LENGTH, content_length(file.remaining()));
     Some(file)
+}
+
+/// The file that this body is, if it is one for sendfile(2).
+fn file_of<B: 'static>(body: &mut B) -> Option<&mut FileBody> {
+    let body: &mut dyn Any = body;
+    let file = if body.is::<Body>() {
+        body.downcast_mut::<Body>().and_then(Body::file_mut)
+    } else {
+        body.downcast_mut::<FileBody>()
+    };
+    file.filter(|file| file.is_for_sendfile())
 }
 
 /// A value that hyper passes on as it is. Built for debugging, hyper compares it with the length that it knows of, if it
