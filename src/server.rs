@@ -183,6 +183,7 @@ pub struct Builder {
     panics: PanicPolicy,
     escalation: Option<Escalation>,
     host: Host,
+    trim_heap: bool,
     blocking_threads_max: usize,
     blocking_queue_max: usize,
     components: sharded::Components,
@@ -254,6 +255,7 @@ impl Builder {
             panics: PanicPolicy::default(),
             escalation: Some(Escalation::default()),
             host: Host::default(),
+            trim_heap: false,
             blocking_threads_max: blocking::THREADS_MAX,
             blocking_queue_max: blocking::QUEUE_MAX,
             components: sharded::Components::default(),
@@ -454,6 +456,7 @@ impl Server {
             escalation: builder.escalation,
             escalation_rest: builder.policy.restart.quarantine_window,
             host: builder.host.clone(),
+            trim_heap: builder.trim_heap,
         });
         let blocking = Arc::new(builder.blocking_pool());
         let (post, inbox) = post::post()

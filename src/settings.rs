@@ -189,6 +189,8 @@ pub(crate) struct Settings {
     /// Between two escalations of a slot.
     pub escalation_rest: Duration,
     pub host: Host,
+    /// Whether an idle executor may have the process's allocator give pages back.
+    pub trim_heap: bool,
 }
 
 /// The runtime of another kind that the server is embedded in, if user code is to find it. Without the feature `tokio`

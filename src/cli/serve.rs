@@ -285,6 +285,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     let mut builder = Server::builder()
         .stop_on_signals()
         .stall_backtraces(true)
+        .trim_heap(true)
         .upgrade_on_signal()
         .upgrade_timeout(limit(arguments.upgrade_timeout).unwrap_or(Duration::MAX))
         .systemd()

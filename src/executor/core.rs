@@ -339,7 +339,7 @@ impl Core {
     /// To be called when there is nothing to do: passes freed memory on to the system when it is worth the time.
     pub(crate) fn give_memory_back(&self) {
         self.driver().ring().give_memory_back();
-        if self.hibernated.get() >= GIVE_BACK_MIN {
+        if self.settings.trim_heap && self.hibernated.get() >= GIVE_BACK_MIN {
             self.hibernated.set(0);
             memory::give_back();
         }

@@ -386,6 +386,31 @@ fn the_hosts_allocator_is_the_servers() {
 }
 
 #[test]
+fn the_hosts_heap_is_trimmed_when_asked_for_only() {
+    const BLOCK: usize = 1024;
+    const BLOCKS: usize = 64 * 1024;
+    alone("the_hosts_heap_is_trimmed_when_asked_for_only", || {
+        // Freed but for one block in 64: whole pages, none of them at the heap's end.
+        let mut blocks: Vec<_> = (0..BLOCKS).map(|_| Some(vec![1_u8; BLOCK])).collect();
+        blocks.iter_mut().enumerate().for_each(|(number, block)| *block = block.take().filter(|_| number % 64 == 0));
+        let half = heap::resident() - BLOCK * BLOCKS / 2;
+        for trim in [false, true] {
+            let site = Site::start(local(1).trim_heap(trim).serve(async |_| Ok(service_fn(echo))));
+            assert_eq!(site.connect().get("/").status, 200);
+            if trim {
+                eventually("freed memory is given back", || heap::resident() < half);
+            } else {
+                // Nothing tells of what does not happen: an executor rests twice in this time.
+                thread::sleep(std::time::Duration::from_secs(2));
+                assert!(heap::resident() > half, "it was given back");
+            }
+            settle(site.stop(Stop::Now)).expect("it stops");
+        }
+        drop(blocks);
+    });
+}
+
+#[test]
 fn a_fork_of_the_host_starts_servers_of_its_own() {
     alone("a_fork_of_the_host_starts_servers_of_its_own", || {
         let serve = || {

@@ -36,6 +36,7 @@ pub fn run(arguments: &Arguments) -> Result<(), String> {
         .executors(arguments.executors)
         .cpus(ringleader::parse_cpu_list(&arguments.cpus)?)
         .stop_on_signals()
+        .trim_heap(true) // as `ringleader serve`
         .serve(async move |shard: Shard| {
             let slot = shard.id().index();
             assert!(shard.generation() == 1 || !crashing.contains(&slot), "the start-up was told to panic");

@@ -32,3 +32,11 @@ pub fn in_use() -> usize {
     let freed = FREED.load(Ordering::Relaxed);
     ALLOCATED.load(Ordering::Relaxed).wrapping_sub(freed)
 }
+
+/// Bytes of this process that are in memory.
+pub fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc is there");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has some");
+    let kib: usize = line.trim().trim_end_matches(" kB").parse().expect("a number");
+    kib * 1024
+}
