@@ -169,6 +169,8 @@ fn axum_app_keeps_packets_of_seeds() {
     assert_eq!(client.answer().status, 201);
     assert_eq!(example.get("/packets/1"), r#"{"id":1,"version":1,"name":"Beet","grams":20}"#);
     assert_eq!(example.get("/demanding/report"), "the sum is 66\n");
+    let here = example.get("/here");
+    assert!(here.starts_with("executor ") && here.ends_with(" was asked 1 times\n"), "{here}");
     drop(client);
     example.end();
 }
