@@ -21,7 +21,6 @@ use hyper::server::conn::http1;
 
 use super::answer::{Answering, InFlight, Refusal};
 use super::outgoing::{self, Outgoing};
-use super::spares::Spares;
 use crate::body::{Body, Connection as ConnectionInfo, UploadWatch};
 use crate::executor::core::Core;
 use crate::executor::generation::DRAIN_GRACE;
@@ -63,13 +62,10 @@ trait Speak {
 }
 
 /// Has requests answered by the futures that `answer` makes.
-struct Speaker<A, F> {
+struct Speaker<A> {
     core: Rc<Core>,
     builder: http1::Builder,
     answer: A,
-    /// For the time of a request: hyper keeps room for a future of its service on every connection, idle ones too, and
-    /// moves it there; these are large.
-    places: Rc<Spares<Answering<F>>>,
 }
 
 fn speaker<A, F, B>(core: &Rc<Core>, answer: A) -> Rc<dyn Speak>
@@ -89,10 +85,10 @@ where
         .max_buf_size(limits.header_bytes_max.max(8192))
         // Ours tell idle from slow; hyper's runs from the end of the last response.
         .header_read_timeout(None);
-    Rc::new(Speaker { core: Rc::clone(core), builder, answer, places: Spares::new() })
+    Rc::new(Speaker { core: Rc::clone(core), builder, answer })
 }
 
-impl<A, F, B> Speak for Speaker<A, F>
+impl<A, F, B> Speak for Speaker<A>
 where
     A: Fn(Request) -> F + 'static,
     F: Future<Output = Result<Response<B>, BoxError>> + 'static,
@@ -101,6 +97,10 @@ where
     fn speak(self: Rc<Self>, io: HttpIo, info: ConnectionInfo) -> Pin<Box<dyn Speaking>> {
         let (speaker, activity) = (Rc::clone(&self), Rc::clone(&io.activity));
         let answer = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+            // Boxed for the time of the request: hyper keeps room for a future of this type on every connection, idle ones
+            // too, and moves it there; this one is large. The box is made first, so that the future comes into being in it:
+            // one that is made on the stack is copied, with all the room that it has for what comes later.
+            let place = Box::new_uninit();
             let core = &speaker.core;
             let refusal = refusal_of(&request, core, &activity);
             let limits = &core.settings.http;
@@ -110,7 +110,7 @@ where
                 Body::incoming(body, limits.body_bytes_max, limits.body_timeout, &activity.uploads, info.clone())
             });
             let call = (speaker.answer)(request);
-            speaker.places.place(Answering::new(call, refusal, in_flight, may_go_past_hyper))
+            Box::into_pin(Box::write(place, Answering::new(call, refusal, in_flight, may_go_past_hyper)))
         });
         Box::pin(self.builder.serve_connection(io, answer))
     }

@@ -3,4 +3,3 @@
 pub(crate) mod answer;
 pub(crate) mod http1;
 mod outgoing;
-mod spares;
