@@ -300,7 +300,11 @@ impl Ring {
     /// To be called when nothing has been received for a while: gives the memory of buffers back to the system when it is
     /// worth the time.
     pub(crate) fn give_memory_back(&mut self) {
-        self.buffers.give_back();
+        // The kernel fills buffers while we are in it, and so with what has been reaped since then `Buffers` knows of all
+        // that are filled; what overflowed makes us enter again.
+        if self.ring.completion().is_empty() && !self.ring.submission().cq_overflow() {
+            self.buffers.give_back();
+        }
     }
 
     /// Operations the kernel still has.
