@@ -20,7 +20,8 @@ pub(super) fn unless_cut_off(outcome: Outcome, cut_off: bool) -> Outcome {
 /// What everybody is told who waits for the end.
 ///
 /// `had_started`: whether `start` has been answered already. `threads_left` did not return, beside those that the policy
-/// knows of; `abandoned_closures` still run. `successor_failed`: the process that has taken over has. `failure_of` is what the last failure of a slot said.
+/// knows of; `abandoned_closures` still run. `successor_failed`: the process that has taken over has. `failure_of` is what
+/// the last failure of a slot said.
 pub(super) fn result(
     outcome: Outcome,
     had_started: bool,

@@ -159,7 +159,7 @@ impl Supervisor {
         loop {
             while let Some(event) = events.pop_front() {
                 let actions = self.policy.step(event, Instant::now());
-                // Others may serve now than those it looked at.
+                // Others may be there now than those it looked at; one that starts has not parked, so it does not tell.
                 self.watchdog.look_soon();
                 // Before anybody is answered, who might look at once.
                 self.show();
@@ -458,8 +458,6 @@ impl Supervisor {
             }
         }
         self.seat(slot).inbox.order(SlotOrder::Start(u64::from(generation)));
-        // It has not parked, so it does not tell that it is up.
-        self.watchdog.look_soon();
     }
 
     /// Sees to it that nobody sits in the slot's seat: one that was left behind keeps the seat it has.

@@ -1,5 +1,5 @@
-//! Rescue: the connections that wait in the queues of slots that cannot accept, or have no room, are accepted here and handed to executors
-//! that can. Nothing is served here, and nothing is taken that an executor would accept itself.
+//! Rescue: the connections that wait in the queues of slots that cannot accept, or have no room, are accepted here and
+//! handed to executors that can. Nothing is served here, and nothing is taken that an executor would accept itself.
 
 use std::collections::BTreeSet;
 use std::io;
