@@ -1,8 +1,8 @@
 //! One generation: from the start-up closure to teardown. Its main loop runs turns of its own inside glommio's
 //! executor and hands over to glommio by the clock, or when there is nothing else to do.
 //!
-//! A turn: take in completions, look into the inbox, fire timers, accept, poll what is ready. When nothing is ready the
-//! executor sleeps, on one of two levels: in its own ring while there was traffic a moment ago (one system call, no
+//! A turn: take in completions, look into the inbox, fire timers, accept, poll what is ready, for a millisecond or so: what
+//! is left then is polled in the turns that follow, which make one round. When nothing is ready the executor sleeps, on one of two levels: in its own ring while there was traffic a moment ago (one system call, no
 //! timer of its own), through glommio when it is idle or waits for glommio's files.
 
 use std::cell::RefCell;
@@ -88,6 +88,8 @@ struct Generation {
     waited: bool,
     /// Up to when the time in turns has been counted; `None` after a sleep.
     counted: Option<Instant>,
+    /// When the present round began; looked at only where requests may be refused.
+    round_began: Option<Instant>,
     /// Since when it has been asleep; looked at only where requests may be refused.
     asleep_at: Option<Instant>,
     /// Whether the supervisor has been told that the slot is full.
@@ -128,6 +130,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         parked: false,
         waited: false,
         counted: None,
+        round_began: None,
         asleep_at: None,
         full: false,
         announced: false,
@@ -254,7 +257,7 @@ impl Generation {
             self.rouse(seat);
         }
         core.driver().begin_turn(core.tasks.ready());
-        core.tasks.poll_ready(|on_panic, panic| contained_or_not(&core, on_panic, panic));
+        core.tasks.poll_ready(core.now(), |on_panic, panic| contained_or_not(&core, on_panic, panic));
         core.driver().end_turn();
         self.announce(seat);
         if !self.is_over() {
@@ -266,14 +269,16 @@ impl Generation {
     }
 
     fn begin_turn(&mut self, seat: &SlotSeat) {
-        let (last, now) = (self.core.now(), Instant::now());
+        let now = Instant::now();
         seat.heartbeat.busy(now);
         if let Some(before) = self.counted.replace(now) {
             self.core.cells.busy.add(now.saturating_duration_since(before).as_nanos() as u64);
         }
         self.core.begin_turn(now);
         self.core.cells.turns.add(1);
-        self.note_delay(last);
+        if self.core.tasks.is_between_rounds() {
+            self.note_delay();
+        }
     }
 
     /// The executor is about to sleep: nobody is to take that for work.
@@ -298,12 +303,13 @@ impl Generation {
         }
     }
 
-    /// How long the turn that began at `last` took, and the sleep after it.
-    fn note_delay(&mut self, last: Instant) {
+    /// How long the last round took, and the sleep after it.
+    fn note_delay(&mut self) {
         if let Some(shedder) = &self.core.shedder {
             let now = self.core.now();
+            let last = self.round_began.replace(now).unwrap_or(now);
             let asleep_at = self.asleep_at.take().unwrap_or(now);
-            shedder.borrow_mut().turn_began(now, asleep_at.duration_since(last), now.duration_since(asleep_at));
+            shedder.borrow_mut().round_began(now, asleep_at.duration_since(last), now.duration_since(asleep_at));
         }
     }
 

@@ -1,4 +1,4 @@
-//! Whether an executor has more to do than it can: by the requests in flight, and by how late its turns are. Decides for
+//! Whether an executor has more to do than it can: by the requests in flight, and by how long its rounds take. Decides for
 //! each request whether it is refused; knows neither clocks nor requests.
 
 use std::time::{Duration, Instant};
@@ -27,10 +27,10 @@ impl Shedder {
         Some(Self { in_flight_max: limits.in_flight_max.unwrap_or(u64::MAX), delay: limits.delay_max.map(Delay::new) })
     }
 
-    /// A turn begins at `now`: the one before worked for `worked`, and then the executor slept for `slept`.
-    pub(crate) fn turn_began(&mut self, now: Instant, worked: Duration, slept: Duration) {
+    /// A round begins at `now`: the one before worked for `worked`, and then the executor slept for `slept`.
+    pub(crate) fn round_began(&mut self, now: Instant, worked: Duration, slept: Duration) {
         if let Some(delay) = &mut self.delay {
-            delay.turn_began(now, worked, slept);
+            delay.round_began(now, worked, slept);
         }
     }
 
@@ -40,24 +40,24 @@ impl Shedder {
     }
 }
 
-/// The part that looks at turns.
+/// The part that looks at rounds.
 ///
-/// A turn that is longer than the limit is late for what it polls last and for what comes meanwhile. Overloaded is who
-/// has been late again and again for an interval and hardly slept: a burst makes turns late, too, but then there is rest.
-/// Who is overloaded works in each turn for as long as the limit and refuses what comes after, which costs little; so
+/// A round that is longer than the limit is late for what it polls last and for what comes meanwhile. Overloaded is who
+/// has been late again and again for an interval and hardly slept: a burst makes rounds late, too, but then there is rest.
+/// Who is overloaded works in each round for as long as the limit and refuses what comes after, which costs little; so
 /// what is not refused waits for about two limits at most.
 #[derive(Debug)]
 struct Delay {
     most: Duration,
     overloaded: bool,
     streak: Option<Streak>,
-    /// The present turn's begin.
+    /// The present round's begin.
     began: Instant,
-    /// A request of the present turn was refused.
+    /// A request of the present round was refused.
     refused: bool,
 }
 
-/// Late turns, one soon after the other.
+/// Late rounds, one soon after the other.
 #[derive(Debug)]
 struct Streak {
     since: Instant,
@@ -70,9 +70,9 @@ impl Delay {
         Self { most, overloaded: false, streak: None, began: Instant::now(), refused: false }
     }
 
-    fn turn_began(&mut self, now: Instant, worked: Duration, slept: Duration) {
+    fn round_began(&mut self, now: Instant, worked: Duration, slept: Duration) {
         self.began = now;
-        // Refusing makes turns short: that is no sign that there is less to do.
+        // Refusing makes rounds short: that is no sign that there is less to do.
         let late = std::mem::take(&mut self.refused) || worked > self.most;
         let Some(streak) = &mut self.streak else {
             self.streak = late.then_some(Streak { since: now, last_late: now, slept });
@@ -128,7 +128,7 @@ mod tests {
 
         fn turn(&mut self, worked: Duration, slept: Duration) {
             self.now += worked + slept;
-            self.shedder.turn_began(self.now, worked, slept);
+            self.shedder.round_began(self.now, worked, slept);
         }
 
         /// Whether a request is refused that is polled so long after the turn's begin.
@@ -153,7 +153,7 @@ mod tests {
         let mut shedder = Shedder::new(&limits).expect("there is a limit");
         let now = Instant::now();
         assert_eq!([0, 1, 2, 3].map(|in_flight| shedder.refuses(in_flight, || now)), [false, false, true, true]);
-        (1..100).for_each(|turn| shedder.turn_began(now + turn * LATE, LATE, NO));
+        (1..100).for_each(|turn| shedder.round_began(now + turn * LATE, LATE, NO));
         assert!(!shedder.refuses(1, || now + Duration::from_secs(10)), "there is no limit of time");
     }
 

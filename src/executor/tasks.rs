@@ -13,11 +13,19 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, RawWakerVTable, Wake, Waker};
+use std::time::{Duration, Instant};
 
 use slab::Slab;
 
 use super::inbox::Inbox;
 use crate::panics::{Panic, caught};
+
+/// How long tasks are polled until the kernel is looked at again: one that comes meanwhile waits for so long and not for all
+/// that are ready, and a heartbeat is late for a task that does not return, not for many that do. Seastar's default is 0.5 ms;
+/// twice that lets 64 connections that are ready together have their answers sent together.
+const POLLING_MAX: Duration = Duration::from_millis(1);
+/// Tasks polled between two looks at the clock, which costs a hundredth of a short one.
+const LOOK_EVERY: u32 = 64;
 
 pub(crate) type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 
@@ -139,8 +147,42 @@ pub(crate) struct Tasks {
     rows: RefCell<Slab<Option<Task>>>,
     /// The seat of the last task that [began](Tasks::add_begun) and ended at once, for the next one.
     spare: Cell<Option<Seat>>,
+    /// Of a round that polling was interrupted in: how many it has left.
+    left: Cell<usize>,
+    clock: Clock,
     serial: u64,
     inbox: Arc<Inbox>,
+}
+
+/// When to look at the clock: after each task where they are long.
+struct Clock {
+    /// Polls between two looks.
+    every: Cell<u32>,
+    /// Polls until the next; turns go by meanwhile.
+    until: Cell<u32>,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self { every: Cell::new(LOOK_EVERY), until: Cell::new(LOOK_EVERY) }
+    }
+
+    /// Another task has been polled: whether to look.
+    fn is_due(&self) -> bool {
+        let until = self.until.get() - 1;
+        self.until.set(until);
+        until == 0
+    }
+
+    /// So long have `polls` taken. The next look comes before as many can take too long; later again only by and by, for a few
+    /// short ones say little about those that follow.
+    fn looked(&self, polls: u32, took: Duration) {
+        let most = POLLING_MAX.as_nanos() * u128::from(polls) / took.as_nanos().max(1);
+        let every = most.min(u128::from(LOOK_EVERY)) as u32;
+        let every = every.min(self.every.get() * 2).max(1);
+        self.every.set(every);
+        self.until.set(every);
+    }
 }
 
 impl Tasks {
@@ -150,10 +192,17 @@ impl Tasks {
             ready.serial.set(serial);
             ready.queue.borrow_mut().clear();
         });
-        Self { rows: RefCell::new(Slab::new()), spare: Cell::new(None), serial, inbox }
+        Self {
+            rows: RefCell::new(Slab::new()),
+            spare: Cell::new(None),
+            left: Cell::new(0),
+            clock: Clock::new(),
+            serial,
+            inbox,
+        }
     }
 
-    /// Adds a task, ready to be polled in the next turn.
+    /// Adds a task, ready to be polled in the next round.
     pub(crate) fn add(&self, future: LocalFuture, on_panic: OnPanic) {
         let seat = self.seat();
         let (index, waker) = (seat.index, seat.waker.clone());
@@ -198,14 +247,16 @@ impl Tasks {
     }
 
     /// Queues tasks that were woken from other threads, before those that are ready: they have waited for this turn
-    /// already. Nobody is kept from their turn by it, since a turn polls all that are ready.
+    /// already. In the middle of a round they queue behind, or those that are left might wait for ever.
     pub(crate) fn woken_elsewhere(&self, indexes: impl Iterator<Item = u32>) {
         READY.with(|ready| {
             let mut queue = ready.queue.borrow_mut();
             let before = queue.len();
             queue.extend(indexes);
-            let added = queue.len() - before;
-            queue.rotate_right(added);
+            if self.is_between_rounds() {
+                let added = queue.len() - before;
+                queue.rotate_right(added);
+            }
         });
     }
 
@@ -238,14 +289,28 @@ impl Tasks {
         READY.with(|ready| ready.queue.borrow().len())
     }
 
-    /// Polls each task that is ready now, once; those woken meanwhile wait for the next turn. Calls `panicked` for
-    /// each panic with what it means.
-    pub(crate) fn poll_ready(&self, mut panicked: impl FnMut(OnPanic, Panic)) {
-        let count = self.ready();
-        for _ in 0..count {
+    /// Whether all that were ready when polling began have been polled.
+    pub(crate) fn is_between_rounds(&self) -> bool {
+        self.left.get() == 0
+    }
+
+    /// Polls tasks that are ready, each once: all that are ready as a round begins, those woken meanwhile in the next. A round
+    /// that takes long is interrupted, and gone on with by the next call. `now` is a moment ago. Calls `panicked` for each
+    /// panic with what it means.
+    pub(crate) fn poll_ready(&self, now: Instant, mut panicked: impl FnMut(OnPanic, Panic)) {
+        let count = if self.is_between_rounds() { self.ready() } else { self.left.get() };
+        for polled in 1..=count {
             let Some(index) = READY.with(|ready| ready.queue.borrow_mut().pop_front()) else { break };
             self.poll(index, &mut panicked);
+            if self.clock.is_due() {
+                let took = now.elapsed();
+                self.clock.looked(polled as u32, took);
+                if took >= POLLING_MAX {
+                    return self.left.set(count - polled);
+                }
+            }
         }
+        self.left.set(0);
     }
 
     fn poll(&self, index: u32, panicked: &mut impl FnMut(OnPanic, Panic)) {
@@ -327,7 +392,7 @@ mod tests {
 
     fn poll(tasks: &Tasks) -> Vec<(OnPanic, String)> {
         let mut panics = Vec::new();
-        tasks.poll_ready(|on_panic, panic| panics.push((on_panic, panic.message)));
+        tasks.poll_ready(Instant::now(), |on_panic, panic| panics.push((on_panic, panic.message)));
         panics
     }
 
@@ -377,6 +442,72 @@ mod tests {
         take_in(&tasks, &inbox);
         poll(&tasks);
         assert_eq!(polls.get(), 2);
+    }
+
+    /// Tasks that take this long whenever they are polled, and the order of the polls.
+    fn slow(tasks: &Tasks, number: u32, takes: Duration, polls: &Rc<RefCell<Vec<u32>>>) {
+        let polls = Rc::clone(polls);
+        let future = poll_fn(move |context| {
+            let until = Instant::now() + takes;
+            while Instant::now() < until {}
+            polls.borrow_mut().push(number);
+            context.waker().wake_by_ref();
+            Poll::Pending
+        });
+        tasks.add(Box::pin(future), OnPanic::Contain);
+    }
+
+    #[test]
+    fn a_round_of_long_tasks_is_interrupted_after_each_and_polls_every_one_once() {
+        let (tasks, _) = tasks();
+        let polls = Rc::new(RefCell::new(Vec::new()));
+        // What begins with short tasks needs some polls to learn.
+        (0..3).for_each(|number| slow(&tasks, number, 2 * POLLING_MAX, &polls));
+        (0..LOOK_EVERY).for_each(|_| drop(poll(&tasks)));
+        while !tasks.is_between_rounds() {
+            poll(&tasks);
+        }
+        polls.borrow_mut().clear();
+        for polled in 1..=6 {
+            poll(&tasks);
+            assert_eq!((polls.borrow().len(), tasks.ready()), (polled, 3));
+            assert_eq!(tasks.is_between_rounds(), polled % 3 == 0);
+        }
+        assert_eq!(*polls.borrow(), [0, 1, 2, 0, 1, 2]);
+    }
+
+    #[test]
+    fn wakes_from_elsewhere_do_not_keep_an_interrupted_round_from_its_end() {
+        let (tasks, inbox) = tasks();
+        let (waker, _) = waiting(&tasks);
+        let polls = Rc::new(RefCell::new(Vec::new()));
+        (0..3).for_each(|number| slow(&tasks, number, 2 * POLLING_MAX, &polls));
+        (0..2 * LOOK_EVERY).for_each(|_| drop(poll(&tasks)));
+        polls.borrow_mut().clear();
+        // Longer than a round: each finds one from elsewhere that wants to be the first.
+        for _ in 0..8 {
+            let elsewhere = waker.clone();
+            std::thread::spawn(move || elsewhere.wake()).join().expect("no panic");
+            take_in(&tasks, &inbox);
+            poll(&tasks);
+        }
+        let seen = polls.borrow();
+        assert!((0..3).all(|number| seen.contains(&number)), "{seen:?}");
+    }
+
+    #[test]
+    fn the_clock_is_read_as_rarely_as_tasks_are_short() {
+        let clock = Clock::new();
+        let looks = |polls: u32| (0..polls).filter(|_| clock.is_due()).count();
+        assert_eq!(looks(LOOK_EVERY), 1);
+        clock.looked(LOOK_EVERY, POLLING_MAX * LOOK_EVERY);
+        assert_eq!(looks(1), 1, "each took as long as all may");
+        for every in [2, 4, 8, 16, 32, 64, 64] {
+            clock.looked(1, Duration::from_micros(5));
+            assert_eq!((looks(every - 1), looks(1)), (0, 1));
+        }
+        clock.looked(1, Duration::ZERO);
+        assert_eq!((looks(LOOK_EVERY - 1), looks(1)), (0, 1));
     }
 
     #[test]

@@ -6,7 +6,6 @@
 //! executor that has ended leaks, and one that is used again does not: what waits here is as much as was ever in use at
 //! once. An idle thread waits for work and nothing else; it holds no state of a server.
 
-use std::fs;
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +18,7 @@ use glommio::{LocalExecutor, LocalExecutorBuilder, Placement, PoolPlacement};
 
 use super::core::Failure;
 use crate::panics::caught;
-use crate::sys::thread::try_join;
+use crate::sys::thread::{rename, try_join};
 use crate::sys::{affinity, limits};
 
 /// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
@@ -225,13 +224,10 @@ fn move_in(job: &Job) -> Result<(), Failure> {
     affinity::run_on(&[job.cpu]).map_err(|error| Failure::of_setup(&attempt, &error))
 }
 
-/// What the system calls the calling thread; cut to 15 bytes. Without /proc it keeps the name it has, which hurts nobody.
-fn rename(name: &str) {
-    let _ = fs::write("/proc/thread-self/comm", name);
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     type Seen = (thread::ThreadId, usize, String);
