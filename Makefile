@@ -64,9 +64,10 @@ check: toolchain
 	$(CARGO) clippy --workspace --all-targets --all-features -- -D warnings
 	@for features in '' axum tokio glommio; do \
 		echo "features: $${features:-none}"; \
-		$(CARGO) clippy --quiet --lib --features "$$features" -- -D warnings || exit 1; \
+		$(CARGO) clippy --quiet --lib --no-default-features --features "$$features" -- -D warnings || exit 1; \
 	done
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --lib --no-default-features
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --all-features
 	$(CARGO) build --examples
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \

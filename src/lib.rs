@@ -72,8 +72,10 @@
 //! both, and any other is logged and answered with 500.
 //!
 //! A hyper service ([`hyper`](fn@hyper)), a tower service with its layers ([`tower`](fn@tower)) and an axum router (`axum`)
-//! can be served, too. Features, none of them by default:
+//! can be served, too. Features, of which only `cli` is on by default:
 //! - `axum`: the function of that name. axum's WebSockets are answered 501.
+//! - `cli`: the command `ringleader`, and the crates that only it needs. It adds nothing to the library: embedders leave it
+//!   out, with `default-features = false`.
 //! - `glommio`: `Shard::task_queue`, for work that is to have its share of an executor's time and no more; and the module
 //!   `glommio`, which is glommio 0.9.
 //! - `tokio`: `Builder::tokio`, with which `tokio::time`, `tokio::spawn` and what needs them work in handlers.
@@ -270,6 +272,7 @@ pub type Request<B = Body> = http::Request<B>;
 pub type Response<B = Body> = http::Response<B>;
 
 /// What the command of this package needs beyond the interface, outside of its promises.
+#[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod of_the_command {
     pub use crate::sys::poll::wait_writable;

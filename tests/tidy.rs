@@ -289,17 +289,41 @@ fn text(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("the package has it, as text")
 }
 
+/// What is between two marks, or behind the first one.
+fn section<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
+    let inside = text.split_once(from).expect("it has this section").1;
+    inside.split_once(to).map_or(inside, |parts| parts.0)
+}
+
+/// Name and the rest of the line of every direct dependency.
+fn dependencies() -> Vec<(String, String)> {
+    let manifest = text("Cargo.toml");
+    let lines = section(&manifest, "\n[dependencies]\n", "\n[").lines();
+    let found: Vec<_> = lines.filter_map(|line| line.split_once(" = ")).collect();
+    assert!(found.len() > 10, "the dependencies are not where they are looked for: {found:?}");
+    found.into_iter().map(|(name, rest)| (name.to_owned(), rest.to_owned())).collect()
+}
+
+#[test]
+fn embedders_do_not_compile_what_only_the_command_uses() {
+    let sources = sources("src");
+    let of_the_library: Vec<_> = sources.iter().filter(|file| !matches!(file.module(), "cli" | "main")).collect();
+    let is_used = |name: &str| {
+        let path = format!("{}::", name.replace('-', "_"));
+        of_the_library.iter().any(|file| file.code().any(|(_, line)| line.contains(&path)))
+    };
+    let demanded = dependencies().into_iter().filter(|(_, rest)| !rest.contains("optional = true"));
+    expect_none(
+        "the library does not use them: `optional = true`, and into the feature `cli` of Cargo.toml",
+        demanded.map(|(name, _)| name).filter(|name| !is_used(name)).collect(),
+    );
+}
+
 #[test]
 fn every_direct_dependency_has_a_line_that_says_why() {
-    let (manifest, architecture) = (text("Cargo.toml"), text("ARCHITECTURE.md"));
-    let section = |text: &'_ str, from: &str, to: &str| -> String {
-        let inside = text.split_once(from).expect("it has this section").1;
-        inside.split_once(to).map_or(inside, |parts| parts.0).to_owned()
-    };
+    let (dependencies, architecture) = (dependencies(), text("ARCHITECTURE.md"));
     let reasons = section(&architecture, "\n### Direct dependencies\n", "\n#");
-    let dependencies = section(&manifest, "\n[dependencies]\n", "\n[");
-    let names: Vec<&str> = dependencies.lines().filter_map(|line| Some(line.split_once(" = ")?.0)).collect();
-    assert!(names.len() > 10, "the dependencies are not where they are looked for: {names:?}");
+    let names: Vec<&str> = dependencies.iter().map(|(name, _)| name.as_str()).collect();
     let without = names.iter().filter(|name| !reasons.contains(&format!("`{name}`")));
     expect_none(
         "dependencies without a line in ARCHITECTURE.md, \"Direct dependencies\"",

@@ -16,6 +16,7 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::R
 
 /// Waits until a write tells at once what becomes of it: there is room for `PIPE_BUF` bytes if it is a pipe, or nobody
 /// reads any more. False after `timeout` (as above) or a signal.
+#[cfg(any(feature = "cli", test))]
 pub fn wait_writable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<bool> {
     let mut entries = [entry(fd, libc::POLLOUT)];
     wait(&mut entries, timeout)?;
