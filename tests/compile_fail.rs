@@ -10,6 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::{env, fs};
 
+/// The features that this test is built with (it requires two). Asked for others, cargo would build this crate again.
+const FEATURES: [(&str, bool); 6] = [
+    ("axum", true),
+    ("tokio", true),
+    ("cli", cfg!(feature = "cli")),
+    ("default", cfg!(feature = "default")),
+    ("glommio", cfg!(feature = "glommio")),
+    ("internals", cfg!(feature = "internals")),
+];
+
 /// How rustc is called for a program that uses this crate and what it is used with.
 struct Compiler {
     arguments: Vec<String>,
@@ -22,7 +32,10 @@ impl Compiler {
         let mut cargo = Command::new(env!("CARGO"));
         cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
         cargo.args(["test", "--no-run", "--offline", "--quiet", "--message-format=json", "--test", "compile_fail"]);
-        cargo.args(["--features", "axum,tokio"]);
+        cargo.arg("--no-default-features");
+        for (feature, _) in FEATURES.iter().filter(|(_, is_on)| *is_on) {
+            cargo.args(["--features", feature]);
+        }
         if !cfg!(debug_assertions) {
             cargo.arg("--release");
         }
