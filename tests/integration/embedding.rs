@@ -257,6 +257,9 @@ fn a_server_that_stops_on_signals_takes_none_away_from_the_host() {
 fn signals_end_a_program_that_goes_on_after_its_server() {
     const NAME: &str = "embedding::signals_end_a_program_that_goes_on_after_its_server";
     if std::env::var_os(ALONE).is_some() {
+        // A shell that starts the tests in the background of a script has them ignore Ctrl-C, and so would this.
+        // SAFETY: the default action is no function.
+        assert_ne!(unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) }, libc::SIG_ERR);
         let handlers = || signals().into_iter().map(|(handler, _)| handler).collect::<Vec<_>>();
         let before = handlers();
         for _ in 0..2 {
