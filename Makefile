@@ -12,7 +12,7 @@ FEATURES := axum,tokio,glommio
 # What `make semver` compares with.
 BASELINE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
 # In order of the time they take, the shortest first.
-PROOFS ?= spread panics cycles activation crash-loop bodies stall scale idle orders escapes upgrades ramp faults soak
+PROOFS ?= spread panics cycles activation crash-loop bodies scale idle orders escapes upgrades least-loaded ramp stall faults soak
 
 .PHONY: help run test test-model test-asan check advisories msrv semver bench bench-messages bench-peers proofs clean toolchain test-tools bench-tools proof-tools
 

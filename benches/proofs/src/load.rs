@@ -18,7 +18,7 @@ use crate::report::Faults;
 /// After this a request counts as unanswered.
 pub const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// A run whose own generator was later than this with one connection in a hundred says nothing about the server.
-const LAG_MAX: Duration = Duration::from_millis(50);
+pub const LAG_MAX: Duration = Duration::from_millis(50);
 
 /// A shared "it is over".
 #[derive(Clone, Default)]

@@ -10,6 +10,7 @@ mod escapes;
 mod faults;
 mod histogram;
 mod idle;
+mod least_loaded;
 mod load;
 mod network;
 mod panics;
@@ -63,6 +64,8 @@ enum Proof {
     Idle(idle::Arguments),
     /// Fresh connections over four executors
     Spread(spread::Arguments),
+    /// Idle connections with `--steering least-loaded`: even over the executors, also after a restart
+    LeastLoaded(least_loaded::Arguments),
     /// Transfers of 1 GiB, and clients that read slowly
     Bodies(bodies::Arguments),
     /// Start-ups that panic each time: quarantine, readiness, the end
@@ -94,6 +97,7 @@ impl Proof {
             Self::Escapes(arguments) => &arguments.common,
             Self::Idle(arguments) => &arguments.common,
             Self::Spread(arguments) => &arguments.common,
+            Self::LeastLoaded(arguments) => &arguments.common,
             Self::Bodies(arguments) => &arguments.common,
             Self::CrashLoop(arguments) => &arguments.common,
             Self::Cycles(arguments) => &arguments.common,
@@ -114,6 +118,7 @@ impl Proof {
             Self::Escapes(arguments) => escapes::run(arguments).await,
             Self::Idle(arguments) => idle::run(arguments).await,
             Self::Spread(arguments) => spread::run(arguments).await,
+            Self::LeastLoaded(arguments) => least_loaded::run(arguments).await,
             Self::Bodies(arguments) => bodies::run(arguments).await,
             Self::CrashLoop(arguments) => crash_loop::run(arguments).await,
             Self::Cycles(arguments) => cycles::run(arguments).await,
