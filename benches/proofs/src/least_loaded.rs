@@ -80,7 +80,7 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     let server = common
         .start(common.port, &[&["--executors", executors.as_str(), "--cpus", cpus.as_str()][..], &steered].concat())?;
     println!("server: {}, process {}, log {}", server.command, server.pid(), server.log_path());
-    server.log_lines(&["steering: "], 1).iter().for_each(|line| println!("  log: {line}"));
+    println!("  steering: {}", server.steering());
     println!(
         "{} runs; connections that ask once and stay, {} of them, {} a second",
         arguments.runs, arguments.connections, arguments.rate

@@ -39,6 +39,8 @@ impl Over {
 pub struct Answered {
     /// When it was meant to begin.
     pub meant: Instant,
+    /// When it did.
+    pub begun: Instant,
     pub at: Instant,
     /// Who answered, where that was asked.
     pub who: Option<Whoami>,
@@ -138,6 +140,7 @@ async fn once(plan: Plan, number: u64, meant: Instant, account: Rc<RefCell<Fresh
 }
 
 async fn ask_once(plan: &Plan, number: u64, meant: Instant) -> io::Result<Answered> {
+    let begun = Instant::now();
     let mut client = Client::connect_from(plan.server, number as usize, 0).await?;
     client.send(client::get(&plan.path, true).as_bytes()).await?;
     let answer = client.answer().await?;
@@ -147,7 +150,7 @@ async fn ask_once(plan: &Plan, number: u64, meant: Instant) -> io::Result<Answer
         return Err(client::wrong(format!("{} answered {}", plan.path, answer.status)));
     }
     client.closed().await?;
-    Ok(Answered { meant, at, who })
+    Ok(Answered { meant, begun, at, who })
 }
 
 /// A request's outcome, within [`ANSWER_MAX`].

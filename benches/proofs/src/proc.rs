@@ -79,6 +79,14 @@ fn field(text: &str, name: &str) -> u64 {
     line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
+/// Whether this process may take capabilities away from those that it starts.
+pub fn may_drop_capabilities() -> bool {
+    const SETPCAP: u32 = 8;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap_or_default();
+    u64::from_str_radix(effective.trim(), 16).is_ok_and(|bits| bits & 1 << SETPCAP != 0)
+}
+
 /// How many sockets listen on a TCP port, of any process and address.
 pub fn listeners(port: u16) -> usize {
     let listens = |line: &str| {

@@ -16,6 +16,9 @@ use crate::sys::{self, Cpus};
 const START_MAX: Duration = Duration::from_secs(20);
 /// A port is free again in this time after the end of its server.
 const RELEASE_MAX: Duration = Duration::from_secs(3);
+/// From its first answer to the line of its log that says what steers.
+const ANNOUNCE_MAX: Duration = Duration::from_secs(5);
+const STEERING: &str = "steering: ";
 const STOP_MAX: Duration = Duration::from_secs(40);
 
 /// The CPUs that this process began with: the server's.
@@ -63,7 +66,19 @@ impl Common {
 
     /// Starts `ringleader serve` with these arguments on the given port.
     pub fn start(&self, port: u16, arguments: &[&str]) -> Result<Server, String> {
-        let mut command = Command::new(&self.server);
+        self.start_by(&[], port, arguments)
+    }
+
+    /// Has it started by another program, which becomes the server: `by` and its arguments.
+    pub fn start_by(&self, by: &[&str], port: u16, arguments: &[&str]) -> Result<Server, String> {
+        let mut command = match by {
+            [] => Command::new(&self.server),
+            [program, its_arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(its_arguments).arg(&self.server);
+                command
+            }
+        };
         command.args(["serve", "--listen", &format!("127.0.0.1:{port}")]).args(arguments).args(&self.extra);
         Server::start(command, port, &self.scratch.join(format!("ringleader-proofs-{port}.log")))
     }
@@ -178,6 +193,21 @@ impl Server {
         let mut lines = self.log_since(0, words);
         lines.truncate(most);
         lines
+    }
+
+    /// What steers, in the server's words. It says so a moment after its first answer.
+    pub fn steering(&self) -> String {
+        let began = Instant::now();
+        loop {
+            let line = self.log_lines(&[STEERING], 1).pop();
+            if let Some((_, steering)) = line.as_deref().and_then(|line| line.split_once(STEERING)) {
+                return steering.to_owned();
+            }
+            if began.elapsed() > ANNOUNCE_MAX {
+                return "its log does not say what steers".to_owned();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     pub fn log_length(&self) -> usize {
