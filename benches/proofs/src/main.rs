@@ -6,6 +6,7 @@ mod bodies;
 mod client;
 mod crash_loop;
 mod cycles;
+mod escalation;
 mod escapes;
 mod faults;
 mod histogram;

@@ -1,4 +1,5 @@
-//! Handlers that panic under load: each costs its own connection and nobody else anything.
+//! Handlers that panic under load: each costs its own connection and nobody else anything. First without escalation, then
+//! with it ([`crate::escalation`]).
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -10,6 +11,7 @@ use tokio::task::spawn_local;
 use tokio::time::sleep;
 
 use crate::client::{self, Client, wrong};
+use crate::escalation;
 use crate::load::{self, Over, in_time};
 use crate::random::Random;
 use crate::report::{Faults, Progress, Verdicts};
@@ -27,13 +29,16 @@ pub struct Arguments {
     requests: u64,
     /// Clients that keep their connections
     #[arg(long, default_value_t = 32)]
-    keep_alive: usize,
+    pub keep_alive: usize,
     /// Clients that make one connection after another
     #[arg(long, default_value_t = 8)]
-    fresh: usize,
+    pub fresh: usize,
     /// Clients that make a handler panic each 5 to 20 ms
     #[arg(long, default_value_t = 4)]
-    panicking: usize,
+    pub panicking: usize,
+    /// After that: runs in which the panics are all one executor's and escalation is on, each with a server of its own
+    #[arg(long, default_value_t = 20)]
+    pub escalations: usize,
 }
 
 #[derive(Default)]
@@ -46,9 +51,18 @@ struct Seen {
 }
 
 pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
+    let mut verdicts = Verdicts::default();
+    if arguments.runs > 0 {
+        contained(arguments, &mut verdicts).await?;
+    }
+    escalation::run(arguments, &mut verdicts).await?;
+    Ok(verdicts)
+}
+
+async fn contained(arguments: &Arguments, verdicts: &mut Verdicts) -> Result<(), String> {
     let common = &arguments.common;
     let cpus = common.cpus_or("0,1");
-    // More than a hundred panics within ten seconds would have the executor restarted; that is `escapes`' matter.
+    // More than a hundred panics of an executor within ten seconds would have it restarted.
     let escalation = ["--escalate-after", "0"];
     let arguments_of_server = ["--executors", "4", "--cpus", &cpus, "--chaos", "--log", "off"];
     let server = common.start(common.port, &[&arguments_of_server[..], &escalation].concat())?;
@@ -75,7 +89,6 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
         over.set();
         load::all(tasks).await?;
     }
-    let mut verdicts = Verdicts::default();
     let innocents = seen.innocents.borrow();
     verdicts.check(
         innocents.count() == 0,
@@ -97,7 +110,7 @@ pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     );
     let (status, time) = server.stop()?;
     verdicts.check(status.success(), "the server stops in order", format!("{status} after {time:.2?}"));
-    Ok(verdicts)
+    Ok(())
 }
 
 /// Asks /whoami without a pause. No panic may escape, so every executor stays in its first generation.
@@ -146,6 +159,11 @@ async fn panicking(server: SocketAddr, number: usize, seen: Rc<Seen>, over: Over
 
 async fn panic_once(server: SocketAddr, number: usize) -> io::Result<()> {
     let mut client = Client::connect_from(server, number, 0).await?;
+    order_panic(&mut client).await
+}
+
+/// Has a handler panic, and sees the answer and the end.
+pub async fn order_panic(client: &mut Client) -> io::Result<()> {
     let answer = client.get("/chaos/panic").await?;
     if answer.status != 500 || !answer.close {
         return Err(wrong(format!("/chaos/panic answered {}, closing: {}", answer.status, answer.close)));

@@ -63,7 +63,7 @@ async fn steady(stage: Rc<Stage>, mut random: Random, block: Option<Rc<Vec<u8>>>
 }
 
 /// A new connection that has been answered once.
-async fn introduced(stage: &Stage) -> Option<(Client, Known)> {
+pub async fn introduced(stage: &Stage) -> Option<(Client, Known)> {
     let began = Instant::now();
     let mut connected = None;
     let introduction = async {

@@ -8,8 +8,8 @@
 //!   accepted it, and it was in flight. These are counted apart. One that was connected later can only have been in the
 //!   queue of a listener, and to reset it is a fault. A refused connect is always a fault: a listener was closed.
 
-mod clients;
-mod stage;
+pub mod clients;
+pub mod stage;
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
