@@ -25,6 +25,7 @@ mod server;
 mod soak;
 mod spread;
 mod stall;
+mod surroundings;
 mod sys;
 mod trend;
 mod upgrades;
@@ -152,6 +153,9 @@ fn main() -> ExitCode {
 fn run(proof: &Proof) -> Result<Verdicts, String> {
     let files = sys::raise_open_files();
     let common = proof.common();
+    for warning in surroundings::look() {
+        println!("may spoil this: {warning}");
+    }
     server::pin_client(common.client_cpu)?;
     println!(
         "held equal: binary {}, client on CPU {} in one thread, {files} open files per process, loopback",

@@ -1,4 +1,5 @@
-//! What /proc says about the server: descriptors, threads, memory, CPU time, wake-ups; and who listens on a port.
+//! What /proc says about the server: descriptors, threads, memory, CPU time, wake-ups; and about others: who listens on a
+//! port, who uses the CPUs.
 
 use std::fs;
 use std::io;
@@ -30,6 +31,25 @@ pub struct Thread {
     pub sleeps: u64,
 }
 
+/// A thread of any process, and how it is scheduled.
+#[derive(Clone, Debug)]
+pub struct Task {
+    pub id: u32,
+    pub process: u32,
+    pub name: String,
+    /// As in `sched.h`: [`NORMAL`] and its kin.
+    pub policy: u32,
+    pub nice: i64,
+    pub cpu_ns: u64,
+}
+
+/// Scheduling policies, from `sched.h`.
+pub const NORMAL: u32 = 0;
+pub const FIFO: u32 = 1;
+pub const ROUND_ROBIN: u32 = 2;
+pub const BATCH: u32 = 3;
+pub const DEADLINE: u32 = 6;
+
 pub fn sample(pid: u32) -> io::Result<Sample> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     Ok(Sample {
@@ -60,6 +80,37 @@ pub fn threads(pid: u32) -> io::Result<Vec<Thread>> {
         Some(Thread { id, name, cpu_ns: schedstat(pid, id, 0), sleeps: field(&status, "voluntary_ctxt_switches:") })
     };
     Ok(thread_ids(pid)?.into_iter().filter_map(look).collect())
+}
+
+/// All threads of all processes, the kernel's own left out.
+pub fn tasks() -> Vec<Task> {
+    const KERNEL_THREAD: u64 = 0x0020_0000; // PF_KTHREAD
+    let look = |process: u32, id: u32| {
+        let stat = fs::read_to_string(format!("/proc/{process}/task/{id}/stat")).ok()?;
+        let (name, flags, nice, policy) = parse_stat(&stat)?;
+        let task = || Task { id, process, name, policy, nice, cpu_ns: schedstat(process, id, 0) };
+        (flags & KERNEL_THREAD == 0).then(task)
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes
+        .flat_map(|process| thread_ids(process).unwrap_or_default().into_iter().map(move |id| (process, id)))
+        .filter_map(|(process, id)| look(process, id))
+        .collect()
+}
+
+/// The name, the flags, the nice value and the policy in a line of /proc/PID/stat. The name may hold anything.
+pub fn parse_stat(line: &str) -> Option<(String, u64, i64, u32)> {
+    let (name, fields) = line.split_once('(')?.1.rsplit_once(')')?;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    // Counted from 1 with the number and the name in proc(5): 3 is the first here.
+    let field = |number: usize| fields.get(number - 3);
+    Some((name.to_owned(), field(9)?.parse().ok()?, field(19)?.parse().ok()?, field(41)?.parse().ok()?))
+}
+
+/// Tasks that ran or wanted to, in the mean of the last minute.
+pub fn load_average() -> Option<f64> {
+    fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
 }
 
 fn thread_ids(pid: u32) -> io::Result<Vec<u32>> {
