@@ -335,3 +335,26 @@ fn limit(server: &Server, files: u64) -> Result<(), String> {
         Err(error) => Err(format!("running prlimit: {error}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_met(fault: &Fault, struck: usize, silent: [usize; 2]) -> bool {
+        let sum = Sum { runs: 3, struck, silent, ..Sum::default() };
+        let mut verdicts = Verdicts::default();
+        sum.judge_log(fault, &mut verdicts);
+        verdicts.conclude()
+    }
+
+    #[test]
+    fn a_run_that_lost_nothing_has_nothing_to_say_where_that_is_chance() {
+        let by_chance = Fault { said: &["a word"], by_chance: true, ..NONE };
+        assert!(is_met(&by_chance, 2, [0, 1]));
+        assert!(is_met(&by_chance, 0, [0, 3]));
+        assert!(!is_met(&by_chance, 2, [1, 0]));
+        let always = Fault { by_chance: false, ..by_chance };
+        assert!(is_met(&always, 2, [0, 0]));
+        assert!(!is_met(&always, 2, [0, 1]));
+    }
+}

@@ -445,3 +445,64 @@ async fn tail(arguments: &Arguments, server: &Server, stalls: bool) -> Result<Fr
     over.set();
     fresh.await.map_err(|error| error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::client::Whoami;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    /// By milliseconds since the begin of a stall of five seconds: meant to begin, begun, answered; by whom.
+    fn connection(began: Instant, [meant, begun, at]: [u64; 3], executor: usize) -> Answered {
+        let after = |milliseconds| began + Duration::from_millis(milliseconds);
+        let who = Some(Whoami { executor, generation: 1, pid: 1 });
+        Answered { meant: after(meant), begun: after(begun), at: after(at), who }
+    }
+
+    fn sorted(connections: &[([u64; 3], usize)]) -> Stall {
+        let (arguments, began) = (Line::parse_from(["proof"]).arguments, Instant::now());
+        let answered = connections.iter().map(|(times, executor)| connection(began, *times, *executor)).collect();
+        let fresh = Fresh { answered, ..Fresh::default() };
+        sort_out(&arguments, fresh, began, began + Duration::from_millis(5040))
+    }
+
+    #[test]
+    fn who_waited_for_the_stalled_executor_or_for_others_to_fetch_it_went_there() {
+        let stall =
+            sorted(&[([10, 10, 5001], VICTIM), ([30, 30, 120], 1), ([300, 300, 305], 2), ([4000, 4000, 4020], 3)]);
+        assert_eq!((stall.gone, stall.opened), (2, 4));
+        assert_eq!(stall.last_gone, Duration::from_millis(30));
+        assert_eq!(stall.last(Program::Extended), Duration::from_millis(30));
+        assert_eq!(stall.last(Program::Classic), Duration::from_millis(120));
+    }
+
+    #[test]
+    fn who_began_after_the_end_of_a_stall_did_not_go_to_a_stalled_executor() {
+        // Meant before the end and begun after it; meant after the end, and before the client heard of it.
+        let stall = sorted(&[([4000, 4000, 4010], 1), ([4990, 5005, 5006], VICTIM), ([5020, 5020, 5021], VICTIM)]);
+        assert_eq!((stall.gone, stall.opened), (0, 2));
+    }
+
+    #[test]
+    fn one_spoilt_pair_in_six_spoils_no_verdict() {
+        let milliseconds = Duration::from_millis;
+        let mut pairs = vec![[milliseconds(5), milliseconds(6)]; 5];
+        pairs.push([milliseconds(5), milliseconds(900)]);
+        let mut tails = Tails { calm: Histogram::default(), stalled: Histogram::default(), pairs, whole: true };
+        let is_met = |tails: &Tails| {
+            let mut verdicts = Verdicts::default();
+            tails.judge(Program::Extended, &mut verdicts);
+            verdicts.conclude()
+        };
+        assert!(is_met(&tails));
+        tails.pairs.iter_mut().for_each(|[calm, stalled]| *stalled = *calm + milliseconds(30));
+        assert!(!is_met(&tails));
+    }
+}
