@@ -139,6 +139,11 @@ impl Program {
         }
     }
 
+    /// Whether it is what steers. A reason why not may follow, which names the other kind.
+    fn is_in(self, steering: &str) -> bool {
+        steering.contains(&format!(", by {}", self.name()))
+    }
+
     /// Milliseconds from the begin of a stall to the last connection that goes there.
     fn detection_limit(self) -> u64 {
         match self {
@@ -155,7 +160,7 @@ impl Program {
         println!("server: {}, process {}, log {}", server.command, server.pid(), server.log_path());
         let steering = server.steering();
         println!("  steering: {steering}");
-        Ok(if steering.contains(self.name()) { Ok(server) } else { Err(steering) })
+        Ok(if self.is_in(&steering) { Ok(server) } else { Err(steering) })
     }
 }
 
@@ -488,6 +493,13 @@ mod tests {
         // Meant before the end and begun after it; meant after the end, and before the client heard of it.
         let stall = sorted(&[([4000, 4000, 4010], 1), ([4990, 5005, 5006], VICTIM), ([5020, 5020, 5021], VICTIM)]);
         assert_eq!((stall.gone, stall.opened), (0, 2));
+    }
+
+    #[test]
+    fn what_steers_is_told_from_the_reason_why_something_else_does_not() {
+        let without = "random, by classic BPF, because the kernel lets this process load no eBPF program";
+        assert!(Program::Classic.is_in(without) && !Program::Extended.is_in(without));
+        assert!(Program::Extended.is_in("random, by eBPF") && !Program::Classic.is_in("random, by eBPF"));
     }
 
     #[test]
