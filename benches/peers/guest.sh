@@ -54,6 +54,7 @@ trap 'rm -rf "$root"' EXIT
 mkdir -p "$root/fs/bin" "$root/fs/proc" "$root/fs/sys" "$root/fs/dev" "$root/fs/tmp"
 cp "$(command -v busybox)" "$(command -v wrk)" "$(command -v chrt)" "$root/fs/bin"
 cp "$here/src/bin/bench-peers/pipelined.lua" "$root/fs"
+echo 'wrk.headers["Connection"] = "close"' >"$root/fs/close.lua"
 for server in ringleader peer-tokio peer-bare-ring peer-adapters peer-glommio; do
     [ -x "$bin/$server" ] || {
         echo "error: $bin/$server is not there. Build with cargo build --release --workspace, or set BIN" >&2
@@ -78,6 +79,8 @@ ip link set lo up
 ulimit -n 65536
 ulimit -l unlimited
 . /settings
+# The firmware's last line has no end.
+echo
 port=20000
 
 # As in bench-peers.
@@ -96,7 +99,7 @@ server_command() {
 load_arguments() {
     case $1 in
     *p) echo "--connections ${1%p} --script /pipelined.lua" ;;
-    *c) echo "--connections ${1%c} --header Connection:close" ;;
+    *c) echo "--connections ${1%c} --script /close.lua" ;;
     *) echo "--connections $1" ;;
     esac
 }
@@ -152,8 +155,9 @@ chmod +x "$root/fs/init"
 (cd "$root/fs" && find . | cpio --quiet -o -H newc >"$root/initramfs")
 
 # One processor: with two, the clock of each would count what the other executes. `sleep=off`: the clock jumps to the next
-# timer when all sleep. No mitigations: an emulated processor would get those of old ones.
-$qemu -nodefaults -no-reboot -nographic -serial stdio -m 1024 -cpu max -smp 1 \
+# timer when all sleep. No `rep movsb` for copies: each byte would count as an instruction. No mitigations: an emulated
+# processor would get those of old ones.
+$qemu -nodefaults -no-reboot -nographic -serial stdio -m 1024 -cpu max,-erms,-fsrm -smp 1 \
     -accel tcg -icount shift=0,sleep=off -rtc base=2026-01-01,clock=vm \
     -kernel "$kernel" -initrd "$root/initramfs" \
     -append "console=ttyS0 quiet mitigations=off tsc=reliable clocksource=tsc nokaslr panic=-1" \
