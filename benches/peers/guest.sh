@@ -15,7 +15,7 @@ usage() {
 }
 
 rounds=3
-seconds=0.3
+seconds=1
 policy='batch'
 while getopts r:s:p: flag; do
     case $flag in
