@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::executor::cells::Cells;
+use crate::executor::threads;
 use crate::order::{Order, Promise};
 use crate::shard::SlotId;
 use crate::supervisor::post::{Message, Post};
@@ -205,6 +206,9 @@ pub struct Stats {
     pub ready: bool,
     /// Threads of executors that hung and were left behind; what they held stays held until they come back.
     pub threads_leaked: u64,
+    /// Descriptors that executors which have ended with their threads have left behind, one each; of the whole process,
+    /// since its start. See [`Builder::thread_keep_alive`](crate::Builder::thread_keep_alive).
+    pub descriptors_leaked: u64,
     /// One for each slot, in order.
     pub executors: Vec<ExecutorStats>,
 }
@@ -354,6 +358,7 @@ impl Handle {
         Stats {
             ready: self.0.ready.load(Ordering::Relaxed),
             threads_leaked: self.0.threads_leaked.load(Ordering::Relaxed),
+            descriptors_leaked: threads::ended(),
             executors: self.0.slots.iter().enumerate().map(read).collect(),
         }
     }

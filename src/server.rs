@@ -28,7 +28,7 @@ use crate::net::stream::Stream;
 use crate::order::Order;
 use crate::protocol::http1::Http1;
 use crate::service::Service;
-use crate::settings::{Escalation, Host, HttpLimits, Overload, PanicPolicy, Settings};
+use crate::settings::{Escalation, Host, HttpLimits, Overload, PanicPolicy, Settings, THREAD_KEEP_ALIVE};
 use crate::shard::Shard;
 use crate::steering::{self, Kernel, Members, Realise, Table};
 use crate::supervisor::handover::{Handover, Reload};
@@ -184,6 +184,7 @@ pub struct Builder {
     escalation: Option<Escalation>,
     host: Host,
     trim_heap: bool,
+    thread_keep_alive: Duration,
     blocking_threads_max: usize,
     blocking_queue_max: usize,
     components: sharded::Components,
@@ -256,6 +257,7 @@ impl Builder {
             escalation: Some(Escalation::default()),
             host: Host::default(),
             trim_heap: false,
+            thread_keep_alive: THREAD_KEEP_ALIVE,
             blocking_threads_max: blocking::THREADS_MAX,
             blocking_queue_max: blocking::QUEUE_MAX,
             components: sharded::Components::default(),
@@ -457,6 +459,7 @@ impl Server {
             escalation_rest: builder.policy.restart.quarantine_window,
             host: builder.host.clone(),
             trim_heap: builder.trim_heap,
+            thread_keep_alive: builder.thread_keep_alive,
         });
         let blocking = Arc::new(builder.blocking_pool());
         let (post, inbox) = post::post()

@@ -174,6 +174,10 @@ impl Default for Escalation {
     }
 }
 
+/// [`Builder::thread_keep_alive`](crate::Builder::thread_keep_alive): as long as an order to scale keeps the load from
+/// scaling; and what `ThreadPoolExecutor` of Java has. A load that goes up again within that time meets the old thread.
+pub(crate) const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(60);
+
 /// What every part of a running server may read.
 #[derive(Debug)]
 pub(crate) struct Settings {
@@ -191,6 +195,8 @@ pub(crate) struct Settings {
     pub host: Host,
     /// Whether an idle executor may have the process's allocator give pages back.
     pub trim_heap: bool,
+    /// How long an executor's thread waits for another slot that needs one, at the least.
+    pub thread_keep_alive: Duration,
 }
 
 /// The runtime of another kind that the server is embedded in, if user code is to find it. Without the feature `tokio`

@@ -20,7 +20,7 @@ use super::inbox::{Inbox, Order};
 use super::lookout::{Lookout, Presence};
 use super::park::Park;
 use super::queues;
-use super::threads::{self, Condition, Employment};
+use super::threads::{self, Condition, Employment, Leisure};
 use crate::blocking::Pool;
 use crate::net::registry::Registry;
 use crate::panics::escalator::Escalated;
@@ -214,6 +214,7 @@ impl SlotSeat {
 /// When no thread can be made.
 pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<Employment> {
     let (name, cpu) = (format!("{}-{}", seat.settings.name, seat.slot), seat.cpu);
+    let leisure = Leisure { keep_alive: seat.settings.thread_keep_alive, trim_heap: seat.settings.trim_heap };
     let work = move |executor: Result<&LocalExecutor, Failure>| {
         panics::mark_thread();
         let mut guard = ThreadGuard { seat: Arc::clone(&seat), thread, failure: None };
@@ -223,7 +224,7 @@ pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<Employm
             Condition::Spent
         })
     };
-    threads::employ(name, cpu, Box::new(work))
+    threads::employ(name, cpu, leisure, Box::new(work))
 }
 
 /// Tells the supervisor of the thread's end, whatever brought it about.

@@ -1,13 +1,12 @@
 //! What is left behind: by restarts, by connections, and by whole servers. Each in a process of its own, whose
 //! descriptors, threads and memory nobody else changes.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use ringleader::{Shard, Stop};
+use ringleader::{ExecutorState, Shard, Stop};
 
-use crate::support::{Client, Site, alone, echo, eventually, heap, local, settle, spawn};
+use crate::support::{Client, Site, alone, echo, eventually, heap, local, own_descriptors, settle, spawn, threads};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -73,7 +72,8 @@ fn connections_leave_nothing_behind() {
 
 /// Starts a server with so many executors, has it answer, and stops it.
 fn cycle(name: &str, executors: usize) {
-    let site = Site::start(local(executors).name(name).serve(async |_| Ok(ringleader::service_fn(echo))));
+    let builder = local(executors).name(name).thread_keep_alive(Duration::MAX);
+    let site = Site::start(builder.serve(async |_| Ok(ringleader::service_fn(echo))));
     let mut client = site.connect();
     assert_eq!(client.get("/").status, 200);
     settle(site.stop(Stop::Now)).expect("it stops");
@@ -87,12 +87,12 @@ fn whole_servers_leave_nothing_behind_but_threads_for_the_next() {
     }
     const EXECUTORS_MAX: usize = 3;
     // Each waits with a thread of glommio's.
-    let expected = own_threads() + 2 * EXECUTORS_MAX;
+    let expected = threads().len() + 2 * EXECUTORS_MAX;
     // Of different sizes and names: what is left is to be as much as the largest needed, whoever comes after it.
     let cycles = |from: usize, to: usize| {
         (from..to).for_each(|number| cycle(&format!("site{}", number % 5), number % EXECUTORS_MAX + 1));
         // The last supervisor may have told of its server's end, and not yet be gone.
-        eventually("no thread is left but those that wait", || own_threads() == expected);
+        eventually("no thread is left but those that wait", || threads().len() == expected);
         (own_descriptors(), own_rss_bytes(), heap::in_use())
     };
     let (before, rss, heap) = cycles(0, 20);
@@ -105,15 +105,60 @@ fn whole_servers_leave_nothing_behind_but_threads_for_the_next() {
     assert!(rss_later < rss + 4 * MIB, "{rss} bytes have become {rss_later}");
 }
 
+/// Executors of a server come and go, and threads with them or not.
+fn orders_leave_nothing_behind(thread_keep_alive: Duration) {
+    let builder = local(3).thread_keep_alive(thread_keep_alive);
+    let site = Site::start(builder.serve(async |_| Ok(ringleader::service_fn(echo))));
+    let serving = || site.stats().executors.iter().filter(|slot| slot.state == ExecutorState::Serving).count();
+    let idle = || site.stats().executors.iter().filter(|slot| slot.state == ExecutorState::Idle).count();
+    let orders = |rounds: usize| {
+        for _ in 0..rounds {
+            settle(site.scale(1)).expect("there are three slots");
+            eventually("two have gone", || idle() == 2);
+            assert_eq!(site.connect().get("/").status, 200);
+            settle(site.scale(3)).expect("there are three slots");
+            eventually("all serve", || serving() == 3);
+        }
+        let mut descriptors = own_descriptors();
+        let leaked = site.stats().descriptors_leaked as usize;
+        *descriptors.get_mut("eventfd").expect("there are some") -= leaked;
+        // The threads of the last orders have said that they are done, and may not yet be gone.
+        (descriptors, leaked, heap::in_use())
+    };
+    let (before, leaked, heap) = orders(10);
+    let expected = threads().len();
+    let (after, leaked_later, heap_later) = orders(100);
+    println!("heap {heap} to {heap_later} bytes, descriptors left behind {leaked} to {leaked_later}");
+    assert_eq!(after, before);
+    eventually("there are as many threads as before", || threads().len() <= expected);
+    let leaks = 4 * 1024 * (leaked_later - leaked);
+    assert!(heap_later < heap + leaks + 64 * 1024, "{heap} bytes in use have become {heap_later}");
+}
+
+#[test]
+fn orders_to_scale_leave_nothing_behind() {
+    if alone("leaks::orders_to_scale_leave_nothing_behind") {
+        orders_leave_nothing_behind(Duration::MAX);
+    }
+}
+
+#[test]
+fn threads_that_end_leave_a_descriptor_behind_and_nothing_else() {
+    if alone("leaks::threads_that_end_leave_a_descriptor_behind_and_nothing_else") {
+        orders_leave_nothing_behind(Duration::ZERO);
+    }
+}
+
 #[test]
 fn servers_at_the_same_time_leave_as_many_threads_as_they_had() {
     if !alone("leaks::servers_at_the_same_time_leave_as_many_threads_as_they_had") {
         return;
     }
     let names = ["one", "two"];
-    let expected = own_threads() + 2 * 2 * names.len();
+    let expected = threads().len() + 2 * 2 * names.len();
     // Whether all were ever there at the same moment is a matter of luck, so they are once for certain.
-    let serve = |name: &str| Site::start(local(2).name(name).serve(async |_| Ok(ringleader::service_fn(echo))));
+    let builder = |name: &str| local(2).name(name).thread_keep_alive(Duration::MAX);
+    let serve = |name: &str| Site::start(builder(name).serve(async |_| Ok(ringleader::service_fn(echo))));
     for site in names.map(serve) {
         settle(site.stop(Stop::Now)).expect("it stops");
     }
@@ -124,7 +169,7 @@ fn servers_at_the_same_time_leave_as_many_threads_as_they_had() {
                 scope.spawn(move || (0..10).for_each(|_| cycle(name, 2)));
             }
         });
-        eventually("no thread is left but those that wait", || own_threads() == expected);
+        eventually("no thread is left but those that wait", || threads().len() == expected);
         assert_eq!(own_descriptors(), descriptors);
     }
 }
@@ -134,7 +179,7 @@ fn an_executor_with_tasks_of_the_embedders_on_glommios_queues_serves_no_other_se
     if !alone("leaks::an_executor_with_tasks_of_the_embedders_on_glommios_queues_serves_no_other_server") {
         return;
     }
-    let alive = own_threads();
+    let alive = threads().len();
     let site = Site::start(local(1).serve(async |shard: Shard| {
         // Forbidden here, and not to an embedder.
         #[allow(clippy::disallowed_methods)]
@@ -149,29 +194,9 @@ fn an_executor_with_tasks_of_the_embedders_on_glommios_queues_serves_no_other_se
     }));
     assert_eq!(site.connect().get("/").status, 200);
     settle(site.stop(Stop::Now)).expect("it stops");
-    eventually("its thread and glommio's have ended", || own_threads() == alive);
+    eventually("its thread and glommio's have ended", || threads().len() == alive);
     cycle("next", 1);
-    eventually("one waits", || own_threads() == alive + 2);
-}
-
-fn own_descriptors() -> BTreeMap<String, usize> {
-    let mut kinds = BTreeMap::new();
-    for entry in fs::read_dir("/proc/self/fd").expect("/proc is there") {
-        let Ok(target) = fs::read_link(entry.expect("it can be read").path()) else { continue };
-        let target = target.to_string_lossy().into_owned();
-        // Sockets and pipes carry a number.
-        let kind = if target.starts_with('/') || target.starts_with("anon") { target } else { kind_of(&target) };
-        *kinds.entry(kind).or_default() += 1;
-    }
-    kinds
-}
-
-fn kind_of(target: &str) -> String {
-    target.split(':').next().unwrap_or_default().to_owned()
-}
-
-fn own_threads() -> usize {
-    fs::read_dir("/proc/self/task").expect("/proc is there").count()
+    eventually("one waits", || threads().len() == alive + 2);
 }
 
 fn own_rss_bytes() -> u64 {

@@ -7,7 +7,11 @@ use std::time::{Duration, Instant};
 
 use ringleader::{Body, Builder, ExecutorState, Request, Response, Scaling, Stop, service_fn};
 
-use crate::support::{BOUND, Client, Gate, Site, eventually, local, settle};
+use crate::support::{
+    BOUND, Client, Gate, Held, Site, alone, echo, eventually, local, own_descriptors, settle, threads,
+};
+
+const MIB: usize = 1024 * 1024;
 
 /// Answers with its executor; `/slow` waits at the gate, `/busy` keeps its thread for 5 ms.
 fn site(builder: Builder) -> (Site, Gate) {
@@ -63,24 +67,116 @@ fn an_order_takes_executors_away_and_brings_them_back() {
     assert!(settle(site.stop(Stop::Drain(BOUND))).expect("it stops").drained);
 }
 
-#[test]
-fn what_an_executor_had_is_given_back_when_it_goes() {
-    // Other tests of this process start threads as well: only those of this server are counted.
-    let ours = || {
-        let threads = std::fs::read_dir("/proc/self/task").expect("our own").flatten();
-        let names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
-        names.filter(|name| name.starts_with("scaled")).count()
+const MOST: usize = 8;
+const GONE: usize = MOST - 1;
+
+/// A server with one executor, in a process of its own, that has had more and traffic on them; what it held before, and what
+/// with all. Threads that nobody needs wait for so long.
+fn grown_and_shrunk(thread_keep_alive: Duration) -> (Site, Held, Held) {
+    let mut scaling = Scaling::default();
+    scaling.period = Duration::from_secs(3600); // by order only
+    let builder = local(1).executors(1..=MOST).scaling(scaling).trim_heap(true).thread_keep_alive(thread_keep_alive);
+    let site = Site::start(builder.name("scaled").serve(async |_: ringleader::Shard| Ok(service_fn(echo))));
+    let traffic = || {
+        let idle = own_descriptors();
+        let mut clients: Vec<Client> = (0..64).map(|_| site.connect()).collect();
+        let request = format!("POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 16384\r\n\r\n{}", "x".repeat(16384));
+        clients.iter_mut().for_each(|client| client.send(&request));
+        clients.iter_mut().for_each(|client| assert_eq!(client.answer().status, 200));
+        drop(clients);
+        eventually("their sockets are closed on both sides", || own_descriptors() == idle);
     };
-    let server = local(3).name("scaled").serve(async |_: ringleader::Shard| Ok(service_fn(crate::support::echo)));
-    let site = Site::start(server);
-    let all = ours();
-    // Each executor has the same number, beside the supervisor's.
-    let each = (all - 1) / 3;
-    assert!(each >= 1 && all == 1 + 3 * each, "{all} threads");
-    settle(site.scale(1)).expect("there are three slots");
-    eventually("those of two executors have ended", || ours() == 1 + each);
-    settle(site.scale(3)).expect("there are three slots");
-    eventually("they are back", || ours() == all && serving(&site) == 3);
+    traffic();
+    let before = Held::now();
+    grow(&site);
+    traffic();
+    let grown = Held::now();
+    settle(site.scale(1)).expect("there are as many slots");
+    eventually("the others have gone", || idle_executors(&site) == GONE);
+    (site, before, grown)
+}
+
+fn grow(site: &Site) {
+    settle(site.scale(MOST)).expect("there are as many slots");
+    eventually("all serve", || serving(site) == MOST);
+}
+
+#[test]
+fn an_executor_that_goes_leaves_a_thread_for_the_next_that_costs_no_time() {
+    if !alone("scaling::an_executor_that_goes_leaves_a_thread_for_the_next_that_costs_no_time") {
+        return;
+    }
+    let (site, before, grown) = grown_and_shrunk(Duration::MAX);
+    // Of glommio's executor: three rings and what wakes it. Ours, its eventfds and timers are gone.
+    let waits = |kind: &str| match kind {
+        "io_uring" => 3,
+        "eventfd" => 1,
+        _ => 0,
+    };
+    for (kind, count) in &grown.descriptors {
+        let expected = before.count(kind) + GONE * waits(kind);
+        eventually(&format!("of kind {kind}, which were {count}, there are {expected}"), || {
+            Held::now().count(kind) == expected
+        });
+    }
+    eventually("its memory is given back", || Held::now().heap < before.heap + GONE * 256 * 1024);
+    // Of more than 2 MiB for each; a thread of this test may have left its stack behind.
+    eventually("receive buffers are given back", || Held::now().data + GONE * 3 * MIB / 2 < grown.data);
+    let waiting = || threads().into_iter().filter(|thread| thread.name == "ringleader-idle").collect::<Vec<_>>();
+    eventually("their threads wait", || waiting().len() == GONE);
+    // Once they have given back what the allocator keeps.
+    std::thread::sleep(Duration::from_secs(2));
+    eventually("they sleep for good", || {
+        let before = waiting();
+        std::thread::sleep(Duration::from_secs(2));
+        waiting() == before
+    });
+    grow(&site);
+    assert_eq!((Held::now().descriptors, waiting().len()), (grown.descriptors, 0), "they are used again");
+    assert_eq!(site.stats().descriptors_leaked, 0);
+}
+
+#[test]
+fn what_an_executor_had_is_given_back_when_its_thread_has_waited_in_vain() {
+    if !alone("scaling::what_an_executor_had_is_given_back_when_its_thread_has_waited_in_vain") {
+        return;
+    }
+    let (site, before, grown) = grown_and_shrunk(Duration::ZERO);
+    for (kind, count) in &grown.descriptors {
+        // One of glommio's for each.
+        let expected = before.count(kind) + if kind == "eventfd" { GONE } else { 0 };
+        eventually(&format!("of kind {kind}, which were {count}, there are {expected}"), || {
+            Held::now().count(kind) == expected
+        });
+    }
+    assert_eq!(site.stats().descriptors_leaked, GONE as u64);
+    eventually("their threads have ended", || threads().len() <= before.threads);
+    eventually("no memory is pinned for them", || Held::now().pinned_kib == before.pinned_kib);
+    // 1.5 KiB for each is glommio's; what else differs is lists that have grown.
+    eventually("their memory is given back", || Held::now().heap < before.heap + GONE * 16 * 1024);
+    eventually("and with it the pages", || Held::now().anonymous < before.anonymous + GONE * 128 * 1024);
+    println!("from {before:?}\nby {grown:?}\nto {:?}", Held::now());
+    grow(&site);
+}
+
+#[test]
+fn what_a_slot_has_counted_stays_when_its_executor_goes() {
+    let (site, _gate) = site(local(4).thread_keep_alive(Duration::ZERO));
+    let total = || {
+        let stats = site.stats();
+        let sum = |count: fn(&ringleader::ExecutorStats) -> u64| stats.executors.iter().map(count).sum::<u64>();
+        (sum(|executor| executor.accepted), sum(|executor| executor.requests), sum(|executor| executor.open))
+    };
+    for round in 1..=3 {
+        (0..40).for_each(|_| assert_eq!(site.connect().get("/").status, 200));
+        eventually("all are counted", || total() == (40 * round, 40 * round, 0));
+        settle(site.scale(1)).expect("there are four slots");
+        eventually("three have gone", || idle_executors(&site) == 3);
+        assert_eq!(total(), (40 * round, 40 * round, 0));
+        settle(site.scale(4)).expect("there are four slots");
+        eventually("all serve", || serving(&site) == 4);
+        assert_eq!(total(), (40 * round, 40 * round, 0));
+    }
 }
 
 #[test]
@@ -104,7 +200,17 @@ fn an_order_to_a_server_that_has_ended_is_refused() {
 
 #[test]
 fn orders_under_traffic_lose_nothing() {
-    let (site, _gate) = site(local(4));
+    orders_under_traffic(local(4));
+}
+
+/// An executor that is to start may meet the thread of one that has gone as that ends.
+#[test]
+fn orders_under_traffic_lose_nothing_while_threads_end() {
+    orders_under_traffic(local(4).thread_keep_alive(Duration::ZERO));
+}
+
+fn orders_under_traffic(builder: Builder) {
+    let (site, _gate) = site(builder);
     let (done, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let clients: Vec<_> = (0..4)
         .map(|_| {
@@ -130,7 +236,7 @@ fn orders_under_traffic_lose_nothing() {
 fn executors_follow_the_load() {
     let mut scaling = Scaling::default();
     (scaling.period, scaling.up_after, scaling.down_after) = (Duration::from_millis(50), 2, 4);
-    let server = local(1).executors(1..=3).scaling(scaling);
+    let server = local(1).executors(1..=MOST).scaling(scaling);
     let (site, _gate) = site(server);
     assert_eq!((serving(&site), idle_executors(&site)), (1, 2), "it starts with the fewest");
     let done = Arc::new(AtomicBool::new(false));
@@ -212,7 +318,7 @@ fn lingering(lock: &Arc<RwLock<()>>) -> Site {
         // What an embedder can do by itself: such a thread serves nobody else.
         #[allow(clippy::disallowed_methods)]
         glommio::spawn_local(glommio::timer::sleep(Duration::from_millis(1))).await;
-        Ok(service_fn(crate::support::echo))
+        Ok(service_fn(echo))
     }))
 }
 
