@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use ringleader::{ExecutorState, Shard, Stop};
 
-use crate::support::{Client, Site, alone, echo, eventually, heap, local, own_descriptors, settle, spawn, threads};
+use crate::support::held::{own_descriptors, threads};
+use crate::support::{Client, Site, alone, echo, eventually, heap, local, settle, spawn};
 
 const MIB: u64 = 1024 * 1024;
 

@@ -9,7 +9,7 @@ use super::heap;
 #[derive(Debug)]
 pub struct Held {
     pub descriptors: BTreeMap<String, usize>,
-    pub threads: usize,
+    pub threads: Vec<Thread>,
     /// Bytes that are allocated.
     pub heap: usize,
     /// Bytes that are in memory and not pages of a file.
@@ -25,7 +25,7 @@ impl Held {
         let status = fs::read_to_string("/proc/self/status").expect("/proc is there");
         Self {
             descriptors: own_descriptors(),
-            threads: threads().len(),
+            threads: threads(),
             heap: heap::in_use(),
             anonymous: 1024 * field(&status, "RssAnon:") as usize,
             data: 1024 * field(&status, "VmData:") as usize,
@@ -43,7 +43,6 @@ impl Held {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thread {
     pub id: String,
-    pub name: String,
     pub sleeps: u64,
 }
 
@@ -53,9 +52,8 @@ pub fn threads() -> Vec<Thread> {
     for entry in fs::read_dir("/proc/self/task").expect("/proc is there").flatten() {
         // It may have ended meanwhile.
         let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
-        let name = status.lines().find_map(|line| line.strip_prefix("Name:")).expect("it has one").trim().to_owned();
         let id = entry.file_name().to_string_lossy().into_owned();
-        found.push(Thread { id, name, sleeps: field(&status, "voluntary_ctxt_switches:") });
+        found.push(Thread { id, sleeps: field(&status, "voluntary_ctxt_switches:") });
     }
     found
 }

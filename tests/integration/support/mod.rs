@@ -3,7 +3,7 @@
 mod body;
 mod client;
 pub mod heap;
-mod held;
+pub mod held;
 mod process;
 
 use std::sync::{Arc, mpsc};
@@ -15,7 +15,6 @@ use tokio::sync::Semaphore;
 
 pub use body::{Check, Pattern, pattern};
 pub use client::Client;
-pub use held::{Held, own_descriptors, threads};
 pub use process::{Process, alone, run, spawn};
 
 /// The longest that anything awaited may take: far above what it does take on a busy machine, so that a test fails
