@@ -241,7 +241,7 @@ fn orders_under_traffic(builder: Builder) {
 fn executors_follow_the_load() {
     let mut scaling = Scaling::default();
     (scaling.period, scaling.up_after, scaling.down_after) = (Duration::from_millis(50), 2, 4);
-    let server = local(1).executors(1..=MOST).scaling(scaling);
+    let server = local(1).executors(1..=3).scaling(scaling);
     let (site, _gate) = site(server);
     assert_eq!((serving(&site), idle_executors(&site)), (1, 2), "it starts with the fewest");
     let done = Arc::new(AtomicBool::new(false));
