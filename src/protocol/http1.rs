@@ -171,6 +171,8 @@ pub(crate) struct Activity {
     has_finished: Cell<bool>,
     /// A request has been answered.
     spoke: Cell<bool>,
+    /// hyper may have bytes of an answer that it has not handed over yet: a request ends when hyper has all of its answer.
+    has_unsent: Cell<bool>,
     /// The file that follows the head hyper is writing. It holds an [`InFlight`], and that this: the connection's end
     /// takes it out.
     outgoing: Cell<Option<Box<Outgoing>>>,
@@ -186,6 +188,7 @@ impl Activity {
             blocked_since: Cell::new(None),
             has_finished: Cell::new(false),
             spoke: Cell::new(false),
+            has_unsent: Cell::new(false),
             outgoing: Cell::new(None),
         }
     }
@@ -222,6 +225,7 @@ impl Activity {
         self.in_flight.set(self.in_flight.get() - 1);
         self.quiet_since.set(now);
         self.spoke.set(true);
+        self.has_unsent.set(true);
     }
 
     /// Whether nothing has been going on for long enough that hyper's part can be given back.
@@ -240,6 +244,7 @@ impl Activity {
     /// Whether hyper knows nothing that the next one would have to.
     fn is_between_requests(&self) -> bool {
         self.in_flight.get() == 0
+            && !self.has_unsent.get()
             && self.head_since.get().is_none()
             && self.blocked_since.get().is_none()
             // Nobody holds a body whose rest may still come: hyper alone knows where that rest ends.
@@ -578,8 +583,9 @@ impl hyper::rt::Write for HttpIo {
             }
         };
         this.activity.blocked_since.set(this.stream.blocked_since());
-        if polled.is_ready() {
-            this.activity.quiet_since.set(this.core.now());
+        match polled {
+            Poll::Ready(_) => this.activity.quiet_since.set(this.core.now()),
+            Poll::Pending => this.activity.has_unsent.set(true),
         }
         polled
     }
@@ -589,6 +595,10 @@ impl hyper::rt::Write for HttpIo {
         // The stream itself has nothing to flush: what it took is in the kernel's hands, or goes there with this turn.
         let polled = this.activity.poll_file(context, &mut this.stream, this.core.now());
         this.activity.blocked_since.set(this.stream.blocked_since());
+        if polled.is_ready() {
+            // hyper flushes us when it has handed over all that it had.
+            this.activity.has_unsent.set(false);
+        }
         polled
     }
 

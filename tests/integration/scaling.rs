@@ -1,8 +1,10 @@
 //! More executors and fewer: by order and by load, with nothing lost.
 
 use std::cell::RefCell;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use ringleader::{Body, Builder, ExecutorState, Request, Response, Scaling, Stop, service_fn};
@@ -352,4 +354,88 @@ fn threads_that_do_not_end_at_a_stop_are_counted_and_left_behind() {
     let exit = settle(site.stop(Stop::Now)).expect("it stops");
     assert_eq!(exit.abandoned, 3);
     drop(held);
+}
+
+/// So many pieces of so many bytes: the last one comes when the connection has sent what it may send in one turn.
+const PIECES: usize = 5;
+const PIECE_BYTES: usize = 64 * 1024;
+
+/// A body that keeps its executor's thread, at its first piece, until it is told to go on.
+struct Pausing {
+    pieces_left: usize,
+    held: Arc<AtomicU64>,
+    release: Arc<AtomicBool>,
+}
+
+impl http_body::Body for Pausing {
+    type Data = bytes::Bytes;
+    type Error = ringleader::BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<bytes::Bytes>, ringleader::BoxError>>> {
+        if self.pieces_left == 0 {
+            return Poll::Ready(None);
+        }
+        if self.pieces_left == PIECES {
+            self.held.fetch_add(1, Ordering::SeqCst);
+            let start = Instant::now();
+            while !self.release.load(Ordering::SeqCst) && start.elapsed() < BOUND {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        self.pieces_left -= 1;
+        Poll::Ready(Some(Ok(http_body::Frame::data(vec![b'x'; PIECE_BYTES].into()))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.pieces_left == 0
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        http_body::SizeHint::with_exact((self.pieces_left * PIECE_BYTES) as u64)
+    }
+}
+
+#[test]
+fn the_end_of_an_answer_that_waits_for_its_turn_is_not_lost_with_an_executor_that_goes() {
+    let (held, release) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let server = {
+        let (held, release) = (Arc::clone(&held), Arc::clone(&release));
+        local(2).serve(async move |shard: ringleader::Shard| {
+            let (held, release) = (Arc::clone(&held), Arc::clone(&release));
+            Ok(service_fn(async move |request: Request| {
+                let (held, release) = (Arc::clone(&held), Arc::clone(&release));
+                Ok(Response::new(match request.uri().path() {
+                    "/large" => Body::from(vec![b'x'; 4 << 20]),
+                    "/held" => Body::new(Pausing { pieces_left: PIECES, held, release }),
+                    _ => Body::from(shard.id().to_string()),
+                }))
+            }))
+        })
+    };
+    let site = Site::start(server);
+    let mut clients = std::collections::HashMap::new();
+    eventually("each executor has a client", || {
+        let mut client = site.connect();
+        let executor = client.get("/").text().to_owned();
+        clients.insert(executor, client);
+        clients.len() == 2
+    });
+    let mut clients: Vec<Client> = clients.into_values().collect();
+    for client in &mut clients {
+        // The kernel's buffers grow by it: what the test is about fits in.
+        assert_eq!(client.get("/large").body.len(), 4 << 20);
+        client.ask("/held");
+    }
+    eventually("both executors stand still", || held.load(Ordering::SeqCst) == 2);
+    settle(site.scale(1)).expect("there are two slots");
+    eventually("one drains", || {
+        site.stats().executors.iter().any(|executor| executor.state == ExecutorState::Draining)
+    });
+    release.store(true, Ordering::SeqCst);
+    for client in &mut clients {
+        assert_eq!(client.answer().body.len(), PIECES * PIECE_BYTES);
+    }
 }
