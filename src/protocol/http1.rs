@@ -243,13 +243,22 @@ impl Activity {
 
     /// Whether hyper knows nothing that the next one would have to.
     fn is_between_requests(&self) -> bool {
-        self.in_flight.get() == 0
-            && !self.has_unsent.get()
-            && self.head_since.get().is_none()
-            && self.blocked_since.get().is_none()
-            // Nobody holds a body whose rest may still come: hyper alone knows where that rest ends.
-            && Arc::strong_count(&self.uploads) == 1
-            && !self.uploads.was_cut()
+        !self.is_answering() && self.head_since.get().is_none() && !self.has_rest()
+    }
+
+    /// Whether there is something for the client that the kernel has not taken yet.
+    fn is_answering(&self) -> bool {
+        self.in_flight.get() > 0 || self.has_unsent.get() || self.blocked_since.get().is_some()
+    }
+
+    /// Whether hyper has been given all of an answer and nothing but its next poll is needed for the kernel to have it.
+    fn is_to_be_flushed(&self) -> bool {
+        self.in_flight.get() == 0 && self.has_unsent.get() && self.blocked_since.get().is_none()
+    }
+
+    /// Whether the rest of a request's body may still come: hyper alone knows where that ends.
+    fn has_rest(&self) -> bool {
+        Arc::strong_count(&self.uploads) > 1 || self.uploads.was_cut()
     }
 
     fn bytes_came(&self, now: Instant) {
@@ -257,6 +266,13 @@ impl Activity {
         if self.in_flight.get() == 0 && self.head_since.get().is_none() {
             self.head_since.set(Some(now));
         }
+    }
+
+    /// Until when the client may begin one more request in a drain that was noticed at `now`: a new one may still be
+    /// sending its first.
+    fn last_chance(&self, now: Instant, patience: Duration) -> Instant {
+        let patient = later(now, patience);
+        if self.spoke.get() { patient } else { patient.max(later(self.quiet_since.get(), DRAIN_GRACE)) }
     }
 
     /// When the client will have taken too long over what it is doing, which may be to read an answer; `None` while the
@@ -348,9 +364,9 @@ struct Connection {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Draining {
     No,
-    /// The executor drains; what has been received already is to be looked at first.
+    /// The executor drains: the next answer is the last, and between two requests the connection is not kept.
     Noticed,
-    /// hyper has been told.
+    /// hyper has been told, which alone knows where the rest of a request's body ends.
     Told,
 }
 
@@ -361,19 +377,8 @@ impl Future for Connection {
         let this = &mut *self;
         if this.draining == Draining::No && this.core.draining().is_some() {
             this.draining = Draining::Noticed;
-            let is_speaking = matches!(this.stage, Stage::Speaking(_));
-            if is_speaking && !this.core.patience().is_zero() && this.activity.is_between_requests() {
-                this.hibernate();
-            }
-            if let Stage::Silent(io) = &this.stage {
-                // One that is idle between requests is closed, at once or before long; a new one may still be sending
-                // its first.
-                let grace = if this.activity.spoke.get() && !io.stream.is_readable() {
-                    this.core.patience()
-                } else {
-                    DRAIN_GRACE
-                };
-                this.timer = Some(Sleep::until(this.core.now() + grace));
+            if matches!(this.stage, Stage::Silent(_)) {
+                this.await_last();
             }
         }
         if this.poll_stages(context).is_ready() || this.poll_timer(context).is_ready() {
@@ -395,11 +400,17 @@ impl Connection {
                     self.begin_to_speak();
                 }
                 Stage::Speaking(speaking) => match speaking.as_mut().poll_done(context) {
-                    Poll::Pending if self.draining == Draining::Noticed => {
-                        self.draining = Draining::Told;
-                        speaking.as_mut().drain();
+                    Poll::Pending if self.draining == Draining::Noticed && !self.activity.is_answering() => {
+                        if !self.part() {
+                            return Poll::Pending;
+                        }
                     }
-                    Poll::Pending => return self.poll_peer_end(context),
+                    Poll::Pending => {
+                        if self.draining == Draining::Noticed && self.activity.is_to_be_flushed() {
+                            context.waker().wake_by_ref();
+                        }
+                        return self.poll_peer_end(context);
+                    }
                     Poll::Ready(done) => self.finish(done),
                 },
                 // hyper has done so, unless it ended in error.
@@ -457,6 +468,28 @@ impl Connection {
             self.core.note_hibernation();
             self.timer = self.activity.deadline(&self.core.settings.http).map(Sleep::until);
         }
+    }
+
+    /// In a drain, with every answer sent: ends what hyper does for the client, unless it has begun to send another head.
+    fn part(&mut self) -> bool {
+        if let (Stage::Speaking(speaking), true) = (&mut self.stage, self.activity.has_rest()) {
+            self.draining = Draining::Told;
+            speaking.as_mut().drain();
+            return true;
+        }
+        let is_asking = self.activity.head_since.get().is_some() || self.core.driver().is_readable(self.socket);
+        if !is_asking {
+            // hyper may hold the beginning of a head that came with the last request; it is then made anew.
+            self.hibernate();
+            self.await_last();
+        }
+        !is_asking
+    }
+
+    /// Gives the client its time for one more request, during a drain.
+    fn await_last(&mut self) {
+        let (now, patience) = (self.core.now(), self.core.patience());
+        self.timer = Some(Sleep::until(self.activity.last_chance(now, patience)));
     }
 
     /// hyper is done: close now, or linger for what the client is still sending.
@@ -519,7 +552,9 @@ impl Connection {
             tracing::debug!(slot = self.core.slot, "a client that had ended its direction was not answered in time");
             return Poll::Ready(());
         }
-        self.core.cells.timed_out.add(1);
+        if self.draining == Draining::No || !matches!(self.stage, Stage::Silent(_)) {
+            self.core.cells.timed_out.add(1);
+        }
         if self.activity.blocked_since.get().is_some()
             && let Stage::Speaking(speaking) = std::mem::replace(&mut self.stage, Stage::Done)
         {

@@ -107,6 +107,47 @@ fn a_connection_that_never_speaks_does_not_hold_up_a_drain() {
     silent.expect_end();
 }
 
+/// Clients of one executor that have had an answer and sent half a head since, each in one of two ways, and have been heard.
+fn in_the_middle_of_a_head(site: &Site) -> Vec<Client> {
+    let mut clients: Vec<Client> = (0..8).map(|_| site.connect()).collect();
+    for (index, client) in clients.iter_mut().enumerate() {
+        if index % 2 == 0 {
+            assert_eq!(client.get("/").status, 200);
+            client.send("GET / HTTP/1.1\r\nHo");
+        } else {
+            client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHo");
+            assert_eq!(client.answer().status, 200);
+        }
+    }
+    // What was sent before this reaches the executor before it.
+    let mut last = site.connect();
+    (0..3).for_each(|_| assert_eq!(last.get("/").status, 200));
+    clients
+}
+
+#[test]
+fn a_client_in_the_middle_of_a_head_is_answered_by_a_drain() {
+    let (site, gate) = gated(1);
+    let mut slow = site.connect();
+    slow.ask("/slow");
+    let mut idle = site.connect();
+    assert_eq!(idle.get("/").status, 200);
+    let mut clients = in_the_middle_of_a_head(&site);
+    let exit = site.stop(Stop::Drain(BOUND));
+    // The drain has begun.
+    idle.expect_end();
+    for client in &mut clients {
+        client.send("st: a\r\n\r\n");
+        let answer = client.answer();
+        assert_eq!(answer.text(), "answered");
+        assert!(answer.closes(), "{}", answer.head);
+        client.expect_end();
+    }
+    gate.open();
+    assert_eq!(slow.answer().text(), "answered");
+    assert!(settle(exit).expect("it stops").drained);
+}
+
 #[test]
 fn clients_in_the_kernels_queue_are_answered_by_the_drain() {
     let (blocked, has_blocked) = mpsc::channel();
