@@ -132,13 +132,25 @@ where
     }
 }
 
+/// The most of a body that hyper gets at once. It copies what it gets, into a buffer that it keeps as large as it ever was
+/// for as long as it has the connection.
+const SLICE_BYTES_MAX: usize = 64 * 1024;
+
 pin_project! {
     /// A response's body.
-    pub(crate) struct AnswerBody<B> {
+    pub(crate) struct AnswerBody<B: HttpBody> {
         #[pin]
         content: Content<B>,
+        // Of a piece of the service's that is too long for hyper: what comes next. Boxed, for hardly any response has one.
+        rest: Option<Box<B::Data>>,
         // Dropped with the body, when hyper is done with it. One whose content goes past hyper has none.
         in_flight: Option<InFlight>,
+    }
+}
+
+impl<B: HttpBody> AnswerBody<B> {
+    fn new(content: Content<B>, in_flight: Option<InFlight>) -> Self {
+        Self { content, rest: None, in_flight }
     }
 }
 
@@ -160,6 +172,7 @@ pin_project! {
 /// A piece of either.
 pub(crate) enum Chunk<D> {
     Service(D),
+    /// A text of ours, or a slice of a longer piece of the service's.
     Text(Bytes),
 }
 
@@ -195,6 +208,9 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, BoxError>>> {
         let mut this = self.project();
+        if let Some(rest) = this.rest.take() {
+            return Poll::Ready(Some(Ok(Frame::data(slice(*rest, this.rest)))));
+        }
         let body = match this.content.as_mut().project() {
             ContentProjected::Service { body } => body,
             ContentProjected::Text { text } => {
@@ -205,8 +221,9 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
             ContentProjected::Taken | ContentProjected::PastHyper => return Poll::Ready(None),
         };
         match catch_unwind(AssertUnwindSafe(|| body.poll_frame(context))) {
-            Ok(polled) => polled
-                .map(|frame| frame.map(|frame| frame.map(|frame| frame.map_data(Chunk::Service)).map_err(Into::into))),
+            Ok(polled) => polled.map(|frame| {
+                frame.map(|frame| frame.map(|frame| frame.map_data(|data| slice(data, this.rest))).map_err(Into::into))
+            }),
             Err(payload) => {
                 // The head has gone out, or is on its way: all that is left is to break the connection off.
                 let panic = caught(payload);
@@ -221,12 +238,13 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
 
     fn is_end_stream(&self) -> bool {
         match &self.content {
-            Content::Service { body } => body.is_end_stream(),
+            Content::Service { body } => self.rest.is_none() && body.is_end_stream(),
             Content::Text { .. } | Content::PastHyper => false,
             Content::Taken => true,
         }
     }
 
+    /// Of what the service's body has yet to give: it is asked before the first piece is taken.
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Service { body } => body.size_hint(),
@@ -234,6 +252,16 @@ impl<B: HttpBody<Error: Into<BoxError>>> HttpBody for AnswerBody<B> {
             Content::Taken | Content::PastHyper => SizeHint::with_exact(0),
         }
     }
+}
+
+/// As much of `data` as hyper gets at once; what is left is put into `rest`.
+fn slice<D: Buf>(mut data: D, rest: &mut Option<Box<D>>) -> Chunk<D> {
+    if data.remaining() <= SLICE_BYTES_MAX {
+        return Chunk::Service(data);
+    }
+    let slice = data.copy_to_bytes(SLICE_BYTES_MAX);
+    *rest = Some(Box::new(data));
+    Chunk::Text(slice)
 }
 
 /// The response to what a service returned, or how it failed. A large file goes past hyper where it may.
@@ -268,9 +296,9 @@ fn content<B: HttpBody + 'static>(
     if may_go_past_hyper && let Some(file) = outgoing::take_file(&mut response) {
         let activity = Rc::clone(&in_flight.activity);
         activity.send_file(Outgoing::new(file, in_flight));
-        return response.map(|_| AnswerBody { content: Content::PastHyper, in_flight: None });
+        return response.map(|_| AnswerBody::new(Content::PastHyper, None));
     }
-    response.map(|body| AnswerBody { content: Content::Service { body }, in_flight: Some(in_flight) })
+    response.map(|body| AnswerBody::new(Content::Service { body }, Some(in_flight)))
 }
 
 /// Makes this the connection's last response.
@@ -278,7 +306,7 @@ fn close_after<B>(response: &mut Response<B>) {
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
 }
 
-fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn refuse<B: HttpBody>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
     if let Some(reject) = error.downcast_ref::<Reject>() {
         return text(reject.status(), Some(reject.to_string()), in_flight);
     }
@@ -298,7 +326,7 @@ fn refuse<B>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
 }
 
 /// [`text`], after which the connection is closed.
-fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn closing_text<B: HttpBody>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let mut response = text(status, why, in_flight);
     close_after(&mut response);
     response
@@ -306,7 +334,7 @@ fn closing_text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight)
 
 /// The refusal of a request that would be one too many. The connection stays: a new one would cost both sides more, and
 /// come back here or make another executor's load worse. But what is left of a body is not waited for.
-fn overloaded<B>(body_to_come: bool, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn overloaded<B: HttpBody>(body_to_come: bool, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let core = Rc::clone(&in_flight.core);
     core.cells.overloaded.add(1);
     let status = StatusCode::SERVICE_UNAVAILABLE;
@@ -321,12 +349,70 @@ fn overloaded<B>(body_to_come: bool, in_flight: InFlight) -> Response<AnswerBody
 }
 
 /// A response with a line of text: `why`, or the status in words.
-fn text<B>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
+fn text<B: HttpBody>(status: StatusCode, why: Option<String>, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let line = why.unwrap_or_else(|| status.canonical_reason().unwrap_or("error").to_owned());
     let content = Content::Text { text: Bytes::from(format!("{line}\n")) };
-    let mut response = Response::new(AnswerBody { content, in_flight: Some(in_flight) });
+    let mut response = Response::new(AnswerBody::new(content, Some(in_flight)));
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::convert::Infallible;
+
+    use http::HeaderMap;
+
+    use super::*;
+
+    struct Frames(VecDeque<Frame<Bytes>>);
+
+    impl HttpBody for Frames {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Ready(self.0.pop_front().map(Ok))
+        }
+
+        fn is_end_stream(&self) -> bool {
+            self.0.is_empty()
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            SizeHint::with_exact(self.0.iter().filter_map(Frame::data_ref).map(|data| data.len() as u64).sum())
+        }
+    }
+
+    #[test]
+    fn a_long_piece_is_passed_on_in_slices_and_a_short_one_as_it_is() {
+        let long: Vec<u8> = (0..SLICE_BYTES_MAX * 3 + 5).map(|index| (index % 251) as u8).collect();
+        for trailers in [false, true] {
+            let mut frames = vec![Frame::data(Bytes::from_static(b"short")), Frame::data(long.clone().into())];
+            if trailers {
+                frames.push(Frame::trailers(HeaderMap::new()));
+            }
+            let mut body = std::pin::pin!(AnswerBody::new(Content::Service { body: Frames(frames.into()) }, None));
+            assert_eq!(body.size_hint().exact(), Some(5 + long.len() as u64));
+            let (mut bytes, mut lengths) = (Vec::new(), Vec::new());
+            let mut context = Context::from_waker(std::task::Waker::noop());
+            while !body.is_end_stream() {
+                match body.as_mut().poll_frame(&mut context) {
+                    Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                        Ok(mut data) => {
+                            lengths.push(data.remaining());
+                            bytes.extend_from_slice(&data.copy_to_bytes(data.remaining()));
+                        }
+                        Err(frame) => assert!(trailers && frame.is_trailers() && bytes.len() == 5 + long.len()),
+                    },
+                    _ => panic!("it is not at its end"),
+                }
+            }
+            assert_eq!(lengths, [5, SLICE_BYTES_MAX, SLICE_BYTES_MAX, SLICE_BYTES_MAX, 5]);
+            assert!(bytes.starts_with(b"short") && bytes[5..] == long);
+        }
+    }
 }
