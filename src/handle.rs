@@ -53,7 +53,8 @@ pub enum Stop {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Exit {
-    /// Every connection finished before the drain's deadline, or before it was cut short. False after [`Stop::Now`] alone.
+    /// Whatever had been asked was answered before the drain's deadline, or before it was cut short. False after
+    /// [`Stop::Now`] alone.
     pub drained: bool,
     /// Another process has taken over the addresses, and serves on.
     pub handed_over: bool,

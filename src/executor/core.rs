@@ -148,6 +148,8 @@ pub(crate) struct Core {
     patience: Cell<Duration>,
     /// Who waits for a drain and is not simply a task of ours.
     drain_watchers: RefCell<Slab<Waker>>,
+    /// Open connections on which nothing is under way: they have not spoken, or have been answered.
+    pub quiet: Cell<u64>,
     /// Connections that gave their protocol's memory back since the allocator was last asked to pass it on.
     hibernated: Cell<u32>,
     failure: OnceCell<Failure>,
@@ -194,6 +196,7 @@ impl Core {
             patience: Cell::new(Duration::ZERO),
             drain_watchers: RefCell::new(Slab::new()),
             // As many as are worth a round: what the generation before has left is to go as well.
+            quiet: Cell::new(0),
             hibernated: Cell::new(GIVE_BACK_MIN),
             failure: OnceCell::new(),
             escalator,

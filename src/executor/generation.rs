@@ -42,7 +42,7 @@ const HAND_OVER_BUSY: Duration = Duration::from_millis(1);
 const HAND_OVER_GUARD: Duration = Duration::from_millis(100);
 /// The longest sleep of an idle executor: two wake-ups a second.
 const PARK_MAX: Duration = Duration::from_millis(500);
-/// How long a connection that has not spoken may take to do so once a drain has begun.
+/// How long a connection that has not spoken may take to do so, from its accept on, when there is a drain.
 pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a client between two requests is waited for when others serve on. A busy client asks again sooner, and is told
 /// to close with that answer; one that is closed at a moment of our choice may be in the middle of asking, and fail.
@@ -56,8 +56,8 @@ const MESSAGES_TIMED: usize = 64;
 /// How a generation ended.
 #[derive(Debug)]
 pub(crate) enum Ended {
-    /// It drained: true when everything had finished by the deadline. Or it was told to end at once, and there was nothing
-    /// left to finish.
+    /// It drained: true when all that was under way had finished by the deadline. Or it was told to end at once, and there
+    /// was nothing left to finish.
     Drained {
         in_time: bool,
     },
@@ -504,12 +504,19 @@ impl Generation {
             }
             let alone = !self.waits_for_others || self.core.directory.is_quiet();
             if (finished && alone) || self.core.now() >= deadline {
-                self.ended = Some(Ended::Drained { in_time: finished });
+                self.ended = Some(Ended::Drained { in_time: self.cuts_off_nobody() });
             }
-        } else if let (Some(Ended::Stopped), true) = (&self.ended, finished) {
+        } else if let (Some(Ended::Stopped), true) =
+            (&self.ended, finished || (self.core.draining().is_some() && self.cuts_off_nobody()))
+        {
             self.ended = Some(Ended::Drained { in_time: true });
         }
         self.ended.is_some()
+    }
+
+    /// Whether the end of a drain is nobody's loss: who has asked for nothing has none.
+    fn cuts_off_nobody(&self) -> bool {
+        self.core.cells.open.get() == self.core.quiet.get() && !self.owes_answers()
     }
 
     /// Whether others wait for this executor: a drain answers their calls as it answers requests.

@@ -141,6 +141,7 @@ impl Connect for Http1 {
         let activity = Rc::new(Activity::new(core.now()));
         let deadline = activity.deadline(&core.settings.http);
         let socket = stream.key();
+        core.quiet.set(core.quiet.get() + 1);
         let io = HttpIo { stream, activity: Rc::clone(&activity), core: Rc::clone(&core), replay: None };
         Box::pin(Connection {
             core,
@@ -382,7 +383,7 @@ impl Future for Connection {
             }
         }
         if this.poll_stages(context).is_ready() || this.poll_timer(context).is_ready() {
-            this.stage = Stage::Done;
+            drop(this.take_stage());
             return Poll::Ready(());
         }
         Poll::Pending
@@ -449,8 +450,16 @@ impl Connection {
         }
     }
 
+    fn take_stage(&mut self) -> Stage {
+        let stage = std::mem::replace(&mut self.stage, Stage::Done);
+        if matches!(stage, Stage::Silent(_)) {
+            self.core.quiet.set(self.core.quiet.get() - 1);
+        }
+        stage
+    }
+
     fn begin_to_speak(&mut self) {
-        if let Stage::Silent(io) = std::mem::replace(&mut self.stage, Stage::Done) {
+        if let Stage::Silent(io) = self.take_stage() {
             let info = ConnectionInfo::new(Some(self.peer), &self.listener);
             self.stage = Stage::Speaking(Rc::clone(&self.speak).speak(io, info));
             self.timer = Some(Sleep::until(self.next_look()));
@@ -465,6 +474,7 @@ impl Connection {
                 self.activity.head_since.set(Some(self.activity.quiet_since.get()));
             }
             self.stage = Stage::Silent(io);
+            self.core.quiet.set(self.core.quiet.get() + 1);
             self.core.note_hibernation();
             self.timer = self.activity.deadline(&self.core.settings.http).map(Sleep::until);
         }
@@ -568,6 +578,8 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         drop(self.activity.outgoing.take());
+        // Dropped last: what a service's future does then may be a panic.
+        let _stage = self.take_stage();
         self.core.cells.open.subtract(1);
     }
 }
@@ -639,5 +651,23 @@ impl hyper::rt::Write for HttpIo {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         hyper::rt::Write::poll_shutdown(Pin::new(&mut self.stream), context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_a_drain_a_new_connection_is_waited_for_from_its_accept_on() {
+        let accepted = Instant::now();
+        let activity = Activity::new(accepted);
+        let chance = |after, patience| activity.last_chance(accepted + after, patience) - accepted;
+        assert_eq!(chance(Duration::ZERO, Duration::ZERO), DRAIN_GRACE);
+        assert_eq!(chance(DRAIN_GRACE / 2, Duration::ZERO), DRAIN_GRACE);
+        assert_eq!(chance(DRAIN_GRACE * 3, Duration::ZERO), DRAIN_GRACE * 3, "not at all");
+        assert_eq!(chance(DRAIN_GRACE * 3, DRAIN_GRACE), DRAIN_GRACE * 4, "as long as those that have spoken");
+        activity.spoke.set(true);
+        assert_eq!(chance(Duration::ZERO, Duration::ZERO), Duration::ZERO);
     }
 }

@@ -107,6 +107,17 @@ fn a_connection_that_never_speaks_does_not_hold_up_a_drain() {
     silent.expect_end();
 }
 
+#[test]
+fn a_deadline_that_cuts_off_nobody_who_has_asked_is_a_drain() {
+    let (site, _gate) = gated(1);
+    let mut silent = site.connect();
+    eventually("it is accepted", || site.stats().executors[0].open == 1);
+    // Less than what a new connection may take to speak.
+    let exit = settle(site.stop(Stop::Drain(Duration::from_millis(50)))).expect("it stops");
+    assert!(exit.drained);
+    silent.expect_end();
+}
+
 /// Clients of one executor that have had an answer and sent half a head since, each in one of two ways, and have been heard.
 fn in_the_middle_of_a_head(site: &Site) -> Vec<Client> {
     let mut clients: Vec<Client> = (0..8).map(|_| site.connect()).collect();
