@@ -44,14 +44,34 @@ pub(crate) struct Directory {
 }
 
 /// A generation that may still have something to ask of others, until this is dropped.
-pub(crate) struct AtWork(Arc<Directory>);
+pub(crate) struct AtWork(Arc<Asking>);
+
+/// The same for whoever may have to speak for a generation that hangs.
+pub(crate) struct Asking {
+    directory: Arc<Directory>,
+    over: AtomicBool,
+}
+
+impl AtWork {
+    pub(crate) fn asking(&self) -> Arc<Asking> {
+        Arc::clone(&self.0)
+    }
+}
 
 impl Drop for AtWork {
     fn drop(&mut self) {
-        if self.0.at_work.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let count = self.0.rows.get().map_or(0, |rows| rows.inboxes.len());
+        self.0.end();
+    }
+}
+
+impl Asking {
+    /// Nobody is to wait for this generation any more. The first call counts.
+    pub(crate) fn end(&self) {
+        let directory = &self.directory;
+        if !self.over.swap(true, Ordering::AcqRel) && directory.at_work.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let count = directory.rows.get().map_or(0, |rows| rows.inboxes.len());
             // For them to look: they wait for this. One whose inbox is full is awake.
-            (0..count as u16).for_each(|slot| drop(self.0.post(slot, Job::Closure(Box::new(|_| {})))));
+            (0..count as u16).for_each(|slot| drop(directory.post(slot, Job::Closure(Box::new(|_| {})))));
         }
     }
 }
@@ -85,7 +105,7 @@ impl Directory {
     /// A generation begins, and asks others whatever it likes.
     pub(crate) fn at_work(self: &Arc<Self>) -> AtWork {
         self.at_work.fetch_add(1, Ordering::Relaxed);
-        AtWork(Arc::clone(self))
+        AtWork(Arc::new(Asking { directory: Arc::clone(self), over: AtomicBool::new(false) }))
     }
 
     /// Whether nobody will ask anybody any more. When it comes to that, everybody is sent an empty message.
@@ -206,6 +226,20 @@ mod tests {
         directory.leave(1);
         let three = owners(&directory);
         assert!(four.iter().zip(&three).all(|(before, after)| *before == 1 || before == after));
+    }
+
+    #[test]
+    fn a_generation_that_is_given_up_and_comes_back_is_taken_off_once() {
+        let directory = Arc::new(directory(2));
+        let (hung, healthy) = (directory.at_work(), directory.at_work());
+        let asking = hung.asking();
+        asking.end();
+        assert!(!directory.is_quiet(), "the other may ask");
+        drop(hung);
+        asking.end();
+        assert!(!directory.is_quiet(), "it has been taken off already");
+        drop(healthy);
+        assert!(directory.is_quiet());
     }
 
     #[test]

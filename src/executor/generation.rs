@@ -123,7 +123,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         connect,
         arrivals: Arrivals::default(),
         ended: None,
-        at_work: Some(core.directory.at_work()),
+        at_work: Some(seat.at_work()),
         waits_for_others: false,
         handed_over: Instant::now(),
         active: true,

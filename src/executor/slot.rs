@@ -5,8 +5,8 @@
 use std::future::{Future, poll_fn};
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use glommio::LocalExecutor;
 use super::accept::Listener;
 use super::cells::Cells;
 use super::core::{Core, Failure, Scene};
+use super::directory::{Asking, AtWork};
 use super::generation::{self, Ended};
 use super::inbox::{Inbox, Order};
 use super::lookout::{Lookout, Presence};
@@ -104,6 +105,10 @@ pub(crate) struct SlotSeat {
     pub reports: Reports,
     /// The thread that lives here, once it does.
     occupant: Mutex<Option<Occupant>>,
+    /// The slot is another's: the thread that lives here has been given up, and may come back.
+    given_up: AtomicBool,
+    /// Of the generation that lives here, or lived last.
+    asking: Mutex<Option<Arc<Asking>>>,
     /// Closed when the last of supervisor and generation lets go, which is after a drain has begun.
     listeners: Mutex<Option<Arc<Vec<Listener>>>>,
 }
@@ -134,6 +139,8 @@ impl SlotSeat {
             escalated: Escalated::default(),
             reports,
             occupant: Mutex::new(None),
+            given_up: AtomicBool::new(false),
+            asking: Mutex::new(None),
             listeners: Mutex::new(Some(Arc::new(listeners))),
         }))
     }
@@ -160,8 +167,39 @@ impl SlotSeat {
             escalated: self.escalated.clone(),
             reports: Arc::clone(&self.reports),
             occupant: Mutex::new(None),
+            given_up: AtomicBool::new(false),
+            asking: Mutex::new(None),
             listeners: Mutex::new(self.listeners()),
         }))
+    }
+
+    /// The slot is another's from here on. Whatever the thread that lives here does once it comes back, it takes nothing
+    /// that is the slot's, and nobody waits for it.
+    pub(crate) fn give_up(&self) {
+        self.given_up.store(true, Ordering::SeqCst);
+        self.heartbeat.disown();
+        let asking = self.asking().take();
+        asking.into_iter().for_each(|asking| asking.end());
+    }
+
+    /// Whether the slot is another's. It may become so at any instant; to be asked after what may have taken long.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    /// A generation begins here, and asks others whatever it likes.
+    pub(super) fn at_work(&self) -> AtWork {
+        let at_work = self.components.directory().at_work();
+        *self.asking() = Some(at_work.asking());
+        // Given up before that, with nothing to take back.
+        if self.is_given_up() {
+            at_work.asking().end();
+        }
+        at_work
+    }
+
+    fn asking(&self) -> MutexGuard<'_, Option<Arc<Asking>>> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// CPU time used by the thread that lives here; `None` when there is none.

@@ -530,7 +530,8 @@ impl Supervisor {
         let connections = seat.sockets.shut_down_all();
         // Nor do those who wait for its answers, which it cannot tell.
         seat.inbox.close();
-        seat.heartbeat.disown();
+        // Nor do others who drain.
+        seat.give_up();
         self.left_behind.insert((slot, thread), seat);
         self.shared.threads_leaked.fetch_add(1, Ordering::Relaxed);
         self.cut_off |= connections > 0;

@@ -152,6 +152,21 @@ fn a_hung_executor_is_replaced_and_its_clients_see_the_end() {
     assert_eq!(exit.abandoned, 0);
 }
 
+/// In the drain of a whole server executors wait for whoever may still ask them, which one that hangs does not.
+#[test]
+fn a_drain_does_not_wait_for_an_executor_that_hung_and_was_replaced() {
+    let (site, block) = site(local(2).hang(HangPolicy::Replace, Some(Duration::from_millis(300))));
+    let (mut victim, executor) = block_one(&site, &block);
+    victim.expect_end();
+    eventually("another generation is in its place", || {
+        let stats = &site.stats().executors[executor];
+        stats.generation == 2 && stats.state == ExecutorState::Serving
+    });
+    let exit = settle(site.stop(Stop::Drain(100 * BOUND))).expect("it stops");
+    assert_eq!(exit.abandoned, 1, "its thread hangs all the same");
+    block.end();
+}
+
 /// Generation 1 and then generation 2 of the only executor hang. The first thread comes back in the meantime: it takes
 /// no connection from the queue that is its successor's now, and does not speak for it.
 #[test]
