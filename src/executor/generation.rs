@@ -249,7 +249,7 @@ impl Generation {
         core.log_suppressed();
         self.take_in(seat);
         core.fire_timers();
-        self.accept();
+        self.accept(seat);
         self.note_fullness(seat);
         if core.tasks.ready() > 0 {
             // What a timer woke may have called other executors: the answers are nearer than glommio.
@@ -333,7 +333,7 @@ impl Generation {
             while self.ended.is_none()
                 && let Some(order) = seat.inbox.next_order()
             {
-                self.obey(order);
+                self.obey(order, seat);
             }
             self.adopt_handed(seat);
             let core = Rc::clone(&self.core);
@@ -387,12 +387,12 @@ impl Generation {
         }
     }
 
-    fn obey(&mut self, order: Order) {
+    fn obey(&mut self, order: Order, seat: &SlotSeat) {
         match order {
             Order::Drain { deadline, accept_rest, patient } => {
                 // Scaled down, its keys are others' already.
                 self.waits_for_others = accept_rest;
-                self.release_listeners(accept_rest);
+                self.release_listeners(accept_rest, seat);
                 self.core.drain(deadline, if patient { DRAIN_PATIENCE } else { Duration::ZERO });
             }
             Order::Stop | Order::Quit => self.ended = Some(Ended::Stopped),
@@ -402,28 +402,26 @@ impl Generation {
         }
     }
 
-    /// Whether what comes in is another's to take: the listeners' queues and the slot outlive this generation.
-    fn has_ended(&self) -> bool {
-        self.ended.is_some() || self.core.failure().is_some()
+    /// Whether what comes in is another's to take: the listeners' queues and the slot outlive this generation. One that
+    /// hung, in a message of this very turn perhaps, is told so before it finds its orders.
+    fn has_ended(&self, seat: &SlotSeat) -> bool {
+        self.ended.is_some() || self.core.failure().is_some() || seat.is_given_up()
     }
 
-    fn accept(&mut self) {
-        if self.has_ended() {
-            return;
-        }
-        let Some(acceptor) = &mut self.acceptor else { return };
-        if !acceptor.has_work(self.core.now(), self.core.cells.open.get()) {
+    fn accept(&mut self, seat: &SlotSeat) {
+        let Some(acceptor) = &self.acceptor else { return };
+        if !acceptor.has_work(self.core.now(), self.core.cells.open.get()) || self.has_ended(seat) {
             return;
         }
         let (core, connect) = (Rc::clone(&self.core), self.connect.borrow().clone());
-        let Some(connect) = connect else { return };
+        let (Some(connect), Some(acceptor)) = (connect, &mut self.acceptor) else { return };
         self.active = true;
         acceptor.accept(core.now(), &core.cells, |fd, peer, name| adopt(&core, Rc::clone(&connect), fd, peer, name));
     }
 
     /// Takes over what the supervisor accepted for this executor. Before the service is there it waits.
     fn adopt_handed(&mut self, seat: &SlotSeat) {
-        if self.has_ended() {
+        if self.has_ended(seat) {
             return;
         }
         let Some(connect) = self.connect.borrow().clone() else { return };
@@ -446,29 +444,29 @@ impl Generation {
 
     /// Lets go of the listeners. Where nobody else holds them, what the kernel has completed already is taken first, and
     /// from here on new clients are refused, not left waiting.
-    fn release_listeners(&mut self, accept_rest: bool) {
+    fn release_listeners(&mut self, accept_rest: bool, seat: &SlotSeat) {
         if accept_rest {
-            self.accept_rest();
+            self.accept_rest(seat);
         }
         for watch in self.watches.drain(..) {
             self.core.driver().unwatch_listener(watch);
         }
         self.enter(false);
         if accept_rest {
-            self.accept_rest();
+            self.accept_rest(seat);
         }
         self.acceptor = None;
     }
 
     /// Accepts until the queues are empty (or the connection limit is reached).
-    fn accept_rest(&mut self) {
+    fn accept_rest(&mut self, seat: &SlotSeat) {
         let most = self.acceptor.as_ref().map_or(0, |acceptor| acceptor.listeners().len() * 128);
         for _ in 0..most {
             if let Some(acceptor) = &mut self.acceptor {
                 (0..acceptor.listeners().len() as u32).for_each(|listener| acceptor.note_ready(listener));
             }
             let before = self.core.cells.accepted.get();
-            self.accept();
+            self.accept(seat);
             if self.core.cells.accepted.get() == before {
                 break;
             }
@@ -477,7 +475,7 @@ impl Generation {
 
     /// Once the service is there: starts to accept, and says so.
     fn announce(&mut self, seat: &SlotSeat) {
-        if self.announced || self.connect.borrow().is_none() {
+        if self.announced || self.connect.borrow().is_none() || seat.is_given_up() {
             return;
         }
         self.announced = true;

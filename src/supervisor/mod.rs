@@ -302,7 +302,9 @@ impl Supervisor {
             }
             Report::Ended { slot, generation, ended } => {
                 self.note_full(slot, generation, false);
-                self.cut_off |= !matches!(ended, Ended::Drained { in_time: true });
+                // What one that was given up still had was counted then.
+                self.cut_off |=
+                    !matches!(ended, Ended::Drained { in_time: true }) && !self.is_left_behind(slot, generation);
                 let how = match &ended {
                     Ended::Drained { in_time: true } => End::Drained,
                     Ended::Drained { in_time: false } | Ended::Stopped => End::Stopped,

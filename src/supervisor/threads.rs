@@ -119,6 +119,11 @@ impl Supervisor {
         self.left_behind.values().chain(self.ending.iter().map(|ending| &ending.seat))
     }
 
+    /// Whether this generation's thread has been given up, and has not been joined since.
+    pub(super) fn is_left_behind(&self, slot: u16, generation: u64) -> bool {
+        self.left_behind.values().any(|seat| seat.slot == slot && seat.cells.generation.get() == generation)
+    }
+
     pub(super) fn is_former(&self, seat: &Arc<SlotSeat>) -> bool {
         self.former_seats().any(|former| Arc::ptr_eq(former, seat))
     }
@@ -132,8 +137,8 @@ impl Supervisor {
         if !self.threads.contains_key(&(slot, thread)) {
             return None;
         }
-        // Whatever connections there were.
-        self.cut_off = true;
+        // Whatever connections there were; of one that was given up they were counted then.
+        self.cut_off |= !self.left_behind.contains_key(&(slot, thread));
         if let Some(failure) = failure {
             let generation = self.policy.slots().nth(usize::from(slot)).map_or(0, |status| status.generation);
             if self.note_failure(slot, u64::from(generation), failure) == End::NoResources {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Stop, service_fn};
 
-use crate::support::{BOUND, Client, Site, alone, eventually, local, settle, spawn};
+use crate::support::{BOUND, Client, Gate, Site, alone, eventually, local, settle, spawn};
 
 /// What `/block` waits for, with its thread: this is the stall.
 #[derive(Clone, Default)]
@@ -197,6 +197,85 @@ fn a_thread_that_comes_back_leaves_its_successor_alone() {
     second.end();
     eventually("both threads have come back and ended", || site.stats().threads_leaked == 0);
     assert_eq!(who(&mut queued[0]), (0, 3));
+}
+
+/// It hung in a message, and a turn that has run messages accepts: what waits there is its successor's by then.
+#[test]
+fn a_thread_that_comes_back_in_the_middle_of_a_turn_accepts_nothing() {
+    let (message, handler) = (Block::default(), Block::default());
+    let mut builder = local(1).hang(HangPolicy::Replace, Some(Duration::from_millis(400)));
+    let state = builder.sharded("nothing", async |_| Ok(()));
+    let site = {
+        let handler = handler.clone();
+        Site::start(builder.serve(async move |shard: ringleader::Shard| {
+            let handler = handler.clone();
+            Ok(service_fn(async move |request: Request| {
+                if request.uri().path() == "/block" {
+                    handler.wait();
+                }
+                Ok(Response::new(Body::from(format!("{} {}", shard.id(), shard.generation()))))
+            }))
+        }))
+    };
+    let slot = state.peers().iter().next().expect("there is one");
+    let (address, again, blocks) = (site.address(), state.clone(), message.clone());
+    let (tell, waiting) = mpsc::channel();
+    // In the next turn there is a connection to accept and, before that, a message to run.
+    let first = move |_: &()| {
+        tell.send(Client::connect(address)).expect("the test waits");
+        again.send(slot, move |_| blocks.wait()).expect("there is room");
+    };
+    state.send(slot, first).expect("there is room");
+    let mut next = waiting.recv_timeout(BOUND).expect("the message runs");
+    assert_eq!(who(&mut next), (0, 2), "it was accepted by the successor");
+    next.ask("/block");
+    eventually("the successor blocks", || handler.1.load(Ordering::SeqCst) > 0);
+    let mut queued: Vec<Client> = (0..10).map(|_| site.connect()).collect();
+    queued.iter_mut().for_each(|client| client.ask("/"));
+    message.end();
+    for client in &mut queued {
+        assert_eq!(client.answer().text(), "0 3", "who waits is served");
+    }
+    handler.end();
+    eventually("both threads have come back and ended", || site.stats().threads_leaked == 0);
+}
+
+/// The thread of an executor that hung comes back while the server drains: the drain has cut nothing off by that.
+#[test]
+fn a_thread_that_comes_back_in_a_drain_makes_it_no_failure() {
+    let (block, gate, waiting) = (Block::default(), Gate::shut(), Arc::new(AtomicUsize::new(0)));
+    let builder = local(1).hang(HangPolicy::Replace, Some(Duration::from_millis(300)));
+    let site = {
+        let (block, gate, waiting) = (block.clone(), gate.clone(), Arc::clone(&waiting));
+        Site::start(builder.serve(async move |_| {
+            let (block, gate, waiting) = (block.clone(), gate.clone(), Arc::clone(&waiting));
+            Ok(service_fn(async move |request: Request| {
+                match request.uri().path() {
+                    "/block" => block.wait(),
+                    _ => {
+                        waiting.fetch_add(1, Ordering::SeqCst);
+                        gate.passed().await;
+                    }
+                }
+                Ok(Response::new(Body::empty()))
+            }))
+        }))
+    };
+    let mut victim = site.connect();
+    victim.ask("/block");
+    victim.expect_end();
+    // Of the one in its place, and the drain's last until the thread is back.
+    let mut other = site.connect();
+    other.ask("/");
+    eventually("a handler waits", || waiting.load(Ordering::SeqCst) == 1);
+    let stopped = site.stop(Stop::Drain(2 * BOUND));
+    eventually("it drains", || state(&site, 0) == ExecutorState::Draining);
+    block.end();
+    eventually("the thread has come back and ended", || site.stats().threads_leaked == 0);
+    gate.open();
+    assert_eq!(other.answer().status, 200);
+    let exit = settle(stopped).expect("it stops");
+    assert!(exit.drained, "{exit:?}");
 }
 
 /// The executor that took the place of one that hung has all the connections it may. When the thread of the one before comes
