@@ -216,6 +216,17 @@ pub(crate) struct Entered<'a> {
     _host: std::marker::PhantomData<&'a Host>,
 }
 
+impl Entered<'_> {
+    /// The end of it.
+    ///
+    /// # Errors
+    /// A panic of tokio's: user code has entered a runtime since, and has not left it. Then that one stays this thread's
+    /// outside of ours.
+    pub(crate) fn leave(self) -> std::thread::Result<()> {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(self)))
+    }
+}
+
 impl Host {
     pub(crate) fn enter(&self) -> Entered<'_> {
         Entered {

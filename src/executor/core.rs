@@ -19,14 +19,15 @@ use super::overload::Shedder;
 use super::slot::SlotSeat;
 use super::states::States;
 use super::tasks::{self, LocalFuture, OnPanic, Tasks};
+use super::threads;
 use crate::blocking::Pool;
 use crate::net::driver::Driver;
 use crate::net::ring::RingOptions;
 use crate::net::wheel::{TimerKey, Wheel};
-use crate::panics::Panic;
 use crate::panics::escalator::Escalator;
 use crate::panics::lines::{Lines, More};
-use crate::settings::{PanicPolicy, Settings};
+use crate::panics::{Panic, caught};
+use crate::settings::{Entered, PanicPolicy, Settings};
 use crate::shard_local::Home;
 use crate::sys::{limits, memory};
 
@@ -376,6 +377,17 @@ impl Core {
         let Some(more) = self.may_say(&format!("panics at {}", panic.site())) else { return };
         let (slot, generation, place) = (self.slot, self.generation, panic.place.as_deref());
         tracing::error!(slot, generation, place, "{}: {}{more}", scene.cost(), panic.message);
+    }
+
+    /// User code is done for now. Guards of tokio's nest like brackets, and one that a task holds while it waits is open when
+    /// ours closes. Nothing is lost by that: ours is inside of it the next time. Its own end is a panic, in its task.
+    pub(crate) fn leave_host(&self, host: Entered<'_>) {
+        if let Err(payload) = host.leave() {
+            threads::spoil();
+            let what = "a task holds a guard of tokio's `Handle::enter` while it waits, and will panic when it lets go of \
+                        it: hold none over an await (with `Builder::tokio` none is needed)";
+            self.log_refusal(what, &caught(payload));
+        }
     }
 
     /// Logs an error that requests are answered with, unless `what` has had its share of lines: who sends them decides how

@@ -142,7 +142,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
     seat.heartbeat.busy(Instant::now());
     generation.rouse(seat);
     // The user's things may call their host's runtime as they are dropped.
-    let _host = seat.settings.host.enter();
+    let host = seat.settings.host.enter();
     // They may panic, too; the ring must come down all the same.
     let dropped = catch_unwind(AssertUnwindSafe(|| {
         core.tasks.clear(|panic| core.log(Scene::TearDown, &panic));
@@ -152,6 +152,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
         core.log(Scene::TearDown, &caught(payload));
     }
     core.tear_down();
+    core.leave_host(host);
     seat.heartbeat.asleep();
     ended
 }
@@ -244,7 +245,14 @@ impl Generation {
 
     fn turn(&mut self, seat: &SlotSeat) -> Next {
         let core = Rc::clone(&self.core);
-        let _host = core.settings.host.enter();
+        let host = core.settings.host.enter();
+        let next = self.turn_in_host(seat);
+        core.leave_host(host);
+        next
+    }
+
+    fn turn_in_host(&mut self, seat: &SlotSeat) -> Next {
+        let core = Rc::clone(&self.core);
         self.begin_turn(seat);
         core.log_suppressed();
         self.take_in(seat);

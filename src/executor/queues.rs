@@ -183,8 +183,14 @@ impl Shared {
     /// Polls the future; true when it is over.
     fn poll(&self) -> bool {
         // Not in its place while it is polled.
-        let Some(mut future) = self.future.take() else { return true };
-        let _host = self.core.settings.host.enter();
+        let Some(future) = self.future.take() else { return true };
+        let host = self.core.settings.host.enter();
+        let over = self.poll_in_host(future);
+        self.core.leave_host(host);
+        over
+    }
+
+    fn poll_in_host(&self, mut future: LocalFuture) -> bool {
         let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut Context::from_waker(&self.waker))));
         if matches!(polled, Ok(Poll::Pending)) {
             self.future.replace(Some(future));

@@ -316,7 +316,7 @@ fn execute(seat: &SlotSeat, executor: &LocalExecutor) -> Result<Condition, Failu
     // What an embedder has put on glommio's queues cannot be taken off them, nor can the queues, and neither is to go on in
     // another server.
     let executed = executor.run(async { glommio::executor().executor_stats().tasks_executed() });
-    Ok(if executed == polls && !queues::made() { Condition::Idle } else { Condition::Spent })
+    Ok(if executed == polls && !queues::made() && !threads::is_spoilt() { Condition::Idle } else { Condition::Spent })
 }
 
 /// A panic of a task that the embedder gave to glommio, or of glommio's own. Those of ours are caught before they get here.

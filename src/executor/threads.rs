@@ -7,6 +7,7 @@
 //! once. An idle thread waits for work and nothing else; it holds no state of a server. One that has waited for long enough
 //! ends with its executor, seldom enough for what leaks then never to be much ([`patience`]).
 
+use std::cell::Cell;
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -53,6 +54,20 @@ pub(crate) enum Condition {
     Idle,
     /// Something of this work lives on in the executor, or it fell: it ends with its thread.
     Spent,
+}
+
+thread_local! {
+    /// User code has left something on this thread that cannot be taken off it.
+    static SPOILT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The calling thread is not to serve another server after this one.
+pub(crate) fn spoil() {
+    SPOILT.set(true);
+}
+
+pub(crate) fn is_spoilt() -> bool {
+    SPOILT.get()
 }
 
 /// What a thread is to do with its executor, or with the reason why it has none.

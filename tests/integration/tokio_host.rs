@@ -67,6 +67,40 @@ fn a_server_lives_in_a_tokio_program_of_one_thread() {
     });
 }
 
+/// `let _guard = handle.enter();` before an await: tokio's guards nest like brackets, and the task's is open when its
+/// executor's closes.
+#[test]
+fn a_guard_that_is_held_over_an_await_costs_its_request_only() {
+    let runtime = runtime();
+    let handle = runtime.handle().clone();
+    let site = Site::start(local(1).tokio(handle.clone()).serve(async move |shard: Shard| {
+        let handle = handle.clone();
+        Ok(service_fn(async move |request: Request| {
+            if request.uri().path() == "/guard" {
+                let _guard = handle.enter();
+                shard.sleep(Duration::from_millis(5)).await;
+            }
+            Ok(Response::new(Body::from(use_tokio().await?)))
+        }))
+    }));
+    let mut kept = site.connect();
+    assert_eq!(kept.get("/").status, 200);
+    for _ in 0..3 {
+        // Two at once leave in another order than that of their coming, too.
+        let mut guilty = [site.connect(), site.connect()];
+        guilty.iter_mut().for_each(|client| client.ask("/guard"));
+        guilty.iter_mut().for_each(|client| assert_eq!(client.answer().status, 500));
+        assert_eq!(kept.get("/").status, 200, "others find tokio as before");
+    }
+    let executor = &site.stats().executors[0];
+    assert_eq!((executor.generation, executor.panics_contained), (1, 6));
+    drop(site);
+    // What is left in a thread-local of tokio's does not come along.
+    let finds = async |_: Request| Ok(Response::new(Body::from(Handle::try_current().is_ok().to_string())));
+    let site = Site::start(local(1).serve(async move |_| Ok(service_fn(finds))));
+    assert_eq!(site.connect().get("/").text(), "false");
+}
+
 #[test]
 fn what_a_generation_leaves_behind_finds_tokio_as_it_is_dropped() {
     struct SaysGoodbye(mpsc::Sender<bool>);
