@@ -44,6 +44,8 @@ pub(crate) enum Lost {
     NoThread(String),
     /// The server has stopped.
     Stopped,
+    /// It was no closure, but a task, and its generation is over.
+    GenerationEnded,
 }
 
 /// How much of everything.

@@ -131,7 +131,8 @@ impl Shard {
     /// Runs a future on this executor. A panic in it is contained whatever the [`PanicPolicy`](crate::PanicPolicy): it
     /// becomes the task's error. Dropping the [`Task`] lets it run on.
     ///
-    /// It lives as long as the generation at most.
+    /// It lives as long as the generation at most. A [`Task`] that is waited for after that, in a later generation of the
+    /// slot, is an error, and so is one that is spawned then: the future is dropped at once.
     ///
     /// ```
     /// use ringleader::{Shard, TaskError};
@@ -362,20 +363,37 @@ impl fmt::Debug for Shard {
 /// A future whose outcome a [`Task`] has, panic or not.
 pub(crate) fn joined<F: Future + 'static>(core: &Rc<Core>, future: F) -> (Task<F::Output>, LocalFuture) {
     let task = Rc::new(RefCell::new(Join::Running(None)));
-    let (join, core) = (Rc::clone(&task), Rc::clone(core));
+    let (promise, core) = (TaskPromise(Rc::clone(&task)), Rc::clone(core));
     let future = async move {
         let outcome = Contained::new(future).await.map_err(|panic| {
             let error = TaskError(Lost::Panicked(panic.message.clone()));
             core.contained(Scene::SpawnedTask, panic);
             error
         });
-        let waker = match std::mem::replace(&mut *join.borrow_mut(), Join::Done(Some(outcome))) {
-            Join::Running(waker) => waker,
-            Join::Done(_) => None,
-        };
-        waker.into_iter().for_each(Waker::wake);
+        promise.fulfil(outcome);
     };
     (Task(task), Box::pin(future))
+}
+
+/// The outcome that somebody may wait for; when there will be none, that is the outcome.
+struct TaskPromise<T>(Rc<RefCell<Join<T>>>);
+
+impl<T> TaskPromise<T> {
+    fn fulfil(&self, outcome: Result<T, TaskError>) {
+        let waker = match &mut *self.0.borrow_mut() {
+            Join::Done(_) => return,
+            Join::Running(waker) => waker.take(),
+        };
+        // On its own: what was there is dropped by it.
+        self.0.replace(Join::Done(Some(outcome)));
+        waker.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl<T> Drop for TaskPromise<T> {
+    fn drop(&mut self) {
+        self.fulfil(Err(TaskError(Lost::GenerationEnded)));
+    }
 }
 
 enum Join<T> {
@@ -472,6 +490,9 @@ impl fmt::Display for TaskError {
                 formatter,
                 "starting a thread for a blocking closure: {error}; raise the limit on threads (ulimit -u, TasksMax=)"
             ),
+            Lost::GenerationEnded => {
+                formatter.write_str("the generation that the task was spawned on has ended before it")
+            }
             Lost::Stopped => formatter.write_str("the server stopped before the blocking closure had begun"),
         }
     }

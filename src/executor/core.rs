@@ -154,6 +154,8 @@ pub(crate) struct Core {
     /// Connections that gave their protocol's memory back since the allocator was last asked to pass it on.
     hibernated: Cell<u32>,
     failure: OnceCell<Failure>,
+    /// The generation is over, and something of its user's still holds on to it.
+    torn_down: Cell<bool>,
     escalator: RefCell<Escalator>,
     lines: RefCell<Lines>,
     /// When `lines` has a count that nobody has told; looked at each turn.
@@ -200,6 +202,7 @@ impl Core {
             quiet: Cell::new(0),
             hibernated: Cell::new(GIVE_BACK_MIN),
             failure: OnceCell::new(),
+            torn_down: Cell::new(false),
             escalator,
             lines: RefCell::default(),
             lines_due: Cell::new(None),
@@ -260,8 +263,11 @@ impl Core {
         self.turn.set(self.turn.get() + 1);
     }
 
+    /// After the generation's end the future is dropped here and now: nobody would poll it.
     pub(crate) fn spawn(&self, future: LocalFuture, on_panic: OnPanic) {
-        self.tasks.add(future, on_panic);
+        if !self.torn_down.get() {
+            self.tasks.add(future, on_panic);
+        }
     }
 
     /// Runs a task up to its first wait at once.
@@ -426,6 +432,7 @@ impl Core {
     pub(crate) fn tear_down(&self) {
         self.tasks.clear(|panic| self.log(Scene::TearDown, &panic));
         self.states.clear(|panic| self.log(Scene::TearDown, &panic));
+        self.torn_down.set(true);
         self.tasks.clear(|panic| self.log(Scene::TearDown, &panic));
         drop(self.wheel.replace(Wheel::new(Instant::now())));
         CURRENT.set(None);

@@ -1,9 +1,13 @@
 //! What user code does with its executor: time and tasks.
 
+use std::cell::{Cell, RefCell};
+use std::future::pending;
+use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use ringleader::{Body, Request, Response, Shard, Stop, service_fn};
+use ringleader::test::{Provocation, provoke, wait_until};
+use ringleader::{Body, ExecutorState, Request, Response, Shard, Stop, Task, service_fn};
 
 use crate::support::{Gate, Site, local, settle};
 
@@ -97,6 +101,42 @@ fn a_spawned_task_gives_its_output_or_its_panic() {
     });
     assert_eq!(output, Some(42));
     assert_eq!(panic.as_deref(), Some("the task panicked: a task of the test's panics"));
+}
+
+/// What is kept on the thread survives a restart; generation 2 finds there what was generation 1's.
+#[test]
+fn tasks_of_a_generation_that_has_ended_are_errors_at_once() {
+    struct SaysGoodbye(Rc<Cell<bool>>);
+    impl Drop for SaysGoodbye {
+        fn drop(&mut self) {
+            self.0.set(true);
+        }
+    }
+    thread_local! {
+        static KEPT: RefCell<Option<(Shard, Task<()>)>> = const { RefCell::new(None) };
+    }
+    let site = Site::start(local(1).serve(async |shard: Shard| {
+        if shard.generation() == 1 {
+            KEPT.set(Some((shard.clone(), shard.spawn(pending::<()>()))));
+        }
+        Ok(service_fn(async |_: Request| {
+            let (former, never) = KEPT.take().expect("the first generation has left it here");
+            let dropped = Rc::new(Cell::new(false));
+            let goodbye = SaysGoodbye(Rc::clone(&dropped));
+            let late = former.spawn(async move {
+                let _kept = goodbye;
+                pending::<()>().await;
+            });
+            let dropped = dropped.get();
+            let told = [never.await, late.await].map(|outcome| outcome.expect_err("nobody runs it").to_string());
+            Ok(Response::new(Body::from(format!("{dropped} {told:?}"))))
+        }))
+    }));
+    settle(provoke(&site, 0, Provocation::Restart)).expect("it serves");
+    wait_until(&site, |stats| stats.executors[0].state == ExecutorState::Serving && stats.executors[0].generation == 2);
+    let answer = site.connect().get("/");
+    assert!(answer.text().starts_with("true "), "the future is dropped: {}", answer.text());
+    assert_eq!(answer.text().matches("has ended").count(), 2, "{}", answer.text());
 }
 
 #[test]
