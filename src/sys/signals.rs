@@ -5,7 +5,9 @@
 //! handler is about to write to it; here there is nothing to close, and any number of listeners hear the same bell.
 //!
 //! Handlers cannot be stacked in any order: one that was installed over ours calls ours, as long as the process lives, for
-//! all we know. So ours stays then, hears for later listeners, and does nothing while there is none.
+//! all we know. So ours stays then, hears for later listeners, and does nothing while there is none. To install ours once
+//! more, over it, would have the two call each other for ever. The default action and none at all call nobody: over those
+//! ours is installed anew.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -122,6 +124,11 @@ extern "C" fn hear(signal: c_int, info: *mut libc::siginfo_t, context: *mut libc
     }
 }
 
+/// Of the handler.
+fn address() -> libc::sighandler_t {
+    hear as *const () as libc::sighandler_t
+}
+
 fn ring() {
     BELL.fetch_add(1, Ordering::SeqCst);
     // SAFETY: the futex is static memory; waking takes no other.
@@ -137,15 +144,26 @@ fn wait_while(bell: u32) {
     }
 }
 
-/// Installs the handler, unless it is.
+/// Installs the handler, unless it is called already.
 fn hold(signal: c_int) -> io::Result<()> {
     let held = &mut lock()[signal as usize];
+    // What others have done to it in the meantime nobody has told us.
+    let over_ours = action(signal)?.sa_sigaction;
+    if over_ours == libc::SIG_DFL || over_ours == libc::SIG_IGN {
+        held.saved = None;
+    } else if held.saved.is_some() && over_ours != address() {
+        tracing::warn!(
+            signal,
+            "this program has installed a handler of its own over the server's: the signal is heard only if that handler \
+             calls the one before it"
+        );
+    }
     if held.saved.is_none() {
         // Before it can be asked for; and again, should it have changed in between.
         let now = action(signal)?;
         BEFORE[signal as usize].store(now.sa_sigaction, Ordering::SeqCst);
         let mut ours = now;
-        ours.sa_sigaction = hear as *const () as libc::sighandler_t;
+        ours.sa_sigaction = address();
         // On the alternate stack, if the thread has one: a stack that is about to overflow has no room.
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
         let saved = set_action(signal, &ours)?;
@@ -160,8 +178,7 @@ fn hold(signal: c_int) -> io::Result<()> {
 fn let_go(signal: c_int) {
     let held = &mut lock()[signal as usize];
     held.listeners -= 1;
-    let ours = hear as *const () as libc::sighandler_t;
-    let is_ours = |action: &libc::sigaction| action.sa_sigaction == ours;
+    let is_ours = |action: &libc::sigaction| action.sa_sigaction == address();
     if held.listeners > 0 || !action(signal).is_ok_and(|now| is_ours(&now)) {
         return;
     }
@@ -238,6 +255,25 @@ mod tests {
         let waits = std::thread::spawn(move || listener.next());
         closer.close();
         assert_eq!(waits.join().unwrap(), None);
+    }
+
+    /// Neither calls the handler that was there before.
+    #[test]
+    fn a_listener_hears_after_others_have_replaced_the_handler_of_an_earlier_one() {
+        for replaced_by in [libc::SIG_IGN, libc::SIG_DFL] {
+            let first = Listener::new(&[libc::SIGUSR1]).unwrap();
+            let mut theirs = action(libc::SIGUSR1).unwrap();
+            theirs.sa_sigaction = replaced_by;
+            set_action(libc::SIGUSR1, &theirs).unwrap();
+            drop(first);
+            assert_eq!(handler(libc::SIGUSR1), replaced_by, "it is theirs");
+            let mut second = Listener::new(&[libc::SIGUSR1]).unwrap();
+            assert_eq!(handler(libc::SIGUSR1), address());
+            raise(libc::SIGUSR1);
+            assert_eq!(second.next(), Some(libc::SIGUSR1));
+            drop(second);
+            assert_eq!(handler(libc::SIGUSR1), replaced_by, "it goes as it came");
+        }
     }
 
     static CALLED: AtomicU32 = AtomicU32::new(0);
