@@ -98,7 +98,7 @@ impl Pool {
     /// Threads run on `cpus` and are called `name-blk`.
     pub(crate) fn new(name: &str, cpus: Vec<usize>, bounds: Bounds) -> Self {
         let bounds = Bounds { threads_max: bounds.threads_max.max(1), ..bounds };
-        let name = format!("{name}-blk");
+        let name = crate::sys::thread::name(name, &"blk");
         let (state, work, ended) = Default::default();
         let blocks_sigpipe = socket::blocks_sigpipe();
         Self { shared: Arc::new(Shared { name, cpus, blocks_sigpipe, bounds, state, work, ended }) }

@@ -34,6 +34,7 @@ use crate::sys::cpu_clock::ThreadClock;
 use crate::sys::heartbeats::Heartbeat;
 use crate::sys::socket;
 use crate::sys::stack_sample::ThreadId;
+use crate::sys::thread;
 
 /// How long a slot's thread stays awake when its generation has ended: some times what the supervisor takes to answer.
 const ORDER_AWAITED: Duration = Duration::from_millis(2);
@@ -251,7 +252,7 @@ impl SlotSeat {
 /// # Errors
 /// When no thread can be made.
 pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<Employment> {
-    let (name, cpu) = (format!("{}-{}", seat.settings.name, seat.slot), seat.cpu);
+    let (name, cpu) = (thread::name(&seat.settings.name, &seat.slot), seat.cpu);
     let leisure = Leisure { keep_alive: seat.settings.thread_keep_alive, trim_heap: seat.settings.trim_heap };
     let work = move |executor: Result<&LocalExecutor, Failure>| {
         panics::mark_thread();

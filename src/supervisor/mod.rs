@@ -39,6 +39,7 @@ use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
 use crate::sys::poll::wait_readable;
+use crate::sys::thread;
 use backtrace::Scribe;
 use handover::Handover;
 use policy::{Action, DrainReason, End, Event, Outcome, Policy, Readiness, SlotLoad, SlotState, StopMode, later};
@@ -146,7 +147,7 @@ pub(crate) fn start(
         handover: supervision.handover,
     };
     std::thread::Builder::new()
-        .name(format!("{}-sup", supervision.name))
+        .name(thread::name(&supervision.name, &"sup"))
         .spawn(move || supervisor.run(&inbox))
         .map_err(|error| Error::new(Kind::System, format!("starting the supervisor's thread: {error}")))?;
     Ok(order)

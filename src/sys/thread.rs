@@ -1,8 +1,18 @@
-//! Threads that are joined without waiting for them, and what the system calls them.
+//! Threads: what they are called, and that they are joined without waiting for them.
 use std::ffi::CString;
+use std::fmt;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::thread::JoinHandle;
+
+/// So much of a server's name shows in those of its threads: what comes after it tells them apart.
+const NAME_SHOWN_BYTES: usize = 10;
+
+/// What a server calls a thread of its own. The name is cut, and not by the system, which takes 15 bytes of the whole.
+pub fn name(server: &str, what: &dyn fmt::Display) -> String {
+    let shown = (0..=NAME_SHOWN_BYTES).rev().find_map(|bytes| server.get(..bytes)).unwrap_or_default();
+    format!("{shown}-{what}")
+}
 
 /// Joins a thread that has ended, thread-local destructors included; `Err` gives back one that has not.
 ///
@@ -50,6 +60,14 @@ mod tests {
         fn drop(&mut self) {
             let _ = self.0.recv();
         }
+    }
+
+    #[test]
+    fn a_long_name_is_cut_and_not_what_tells_threads_apart() {
+        assert_eq!(name("ringleader", &7), "ringleader-7");
+        assert_eq!(name("a-very-long-server-name", &1023), "a-very-lon-1023");
+        assert_eq!(name("a-very-lo\u{f6}-server-name", &"sup"), "a-very-lo-sup");
+        assert_eq!(name("", &"sup"), "-sup");
     }
 
     #[test]
