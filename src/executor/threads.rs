@@ -255,9 +255,9 @@ fn live(first: Job, this: &Handle) {
         }
     };
     Stock::with(Stock::begin);
-    rename(&first_name);
     let (to_this, jobs) = mpsc::channel();
-    let mut ready = Ok(());
+    // Only now, or the pool's thread would be pinned, too.
+    let mut ready = move_in(&first);
     let mut trim_heap = first.leisure.trim_heap;
     let mut next = Some(first);
     while let Some(Job { name: _, cpu, leisure, work, done }) = next.take() {
@@ -321,15 +321,19 @@ fn end(executor: LocalExecutor, trim_heap: bool) {
     }
 }
 
-/// Makes an executor for the calling thread and pins that.
+/// Makes an executor for the calling thread. To be pinned by glommio would take a readable /sys, which a sandbox or a
+/// chroot may be without: glommio panics there.
 fn make(cpu: usize) -> Result<LocalExecutor, Failure> {
-    let builder = LocalExecutorBuilder::new(Placement::Fixed(cpu))
-        .io_memory(GLOMMIO_IO_MEMORY_BYTES)
-        .ring_depth(GLOMMIO_RING_DEPTH)
-        .preempt_timer(GLOMMIO_PREEMPT)
-        .blocking_thread_pool_placement(PoolPlacement::Unbound(1));
+    let build = || {
+        LocalExecutorBuilder::new(Placement::Unbound)
+            .io_memory(GLOMMIO_IO_MEMORY_BYTES)
+            .ring_depth(GLOMMIO_RING_DEPTH)
+            .preempt_timer(GLOMMIO_PREEMPT)
+            .blocking_thread_pool_placement(PoolPlacement::Unbound(1))
+            .make()
+    };
     let attempt = format!("making glommio's executor for CPU {cpu}");
-    match catch_unwind(AssertUnwindSafe(|| builder.make())) {
+    match catch_unwind(AssertUnwindSafe(build)) {
         Ok(Ok(executor)) => Ok(executor),
         Ok(Err(error)) => {
             let of_system = error.raw_os_error().map(io::Error::from_raw_os_error);

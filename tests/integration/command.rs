@@ -164,6 +164,24 @@ fn too_little_locked_memory_is_explained() {
 }
 
 #[test]
+fn it_serves_where_there_is_no_sys_and_its_executors_alone_are_pinned() {
+    let apart =
+        ["unshare", "-m", "--propagation", "private", "sh", "-c", "mount -t tmpfs none /sys && exec \"$@\"", "sh"];
+    let tried = std::process::Command::new(apart[0]).args(&apart[1..]).arg("true").output().expect("unshare is there");
+    if !tried.status.success() {
+        return eprintln!("skipped: {}", String::from_utf8_lossy(&tried.stderr));
+    }
+    let server = spawn(&apart, &["--executors", "2"]);
+    assert_eq!(server.connect().get("/").status, 200);
+    let everywhere = server.cpus_of("ringleader");
+    for executor in ["ringleader-0", "ringleader-1"] {
+        let cpus = server.cpus_of(executor);
+        assert!(cpus.len() == 1 && cpus[0].parse::<usize>().is_ok(), "{executor} runs on {cpus:?}");
+    }
+    assert_eq!(server.cpus_of("ringleader-pool"), [&everywhere[0][..]; 2], "of {everywhere:?}");
+}
+
+#[test]
 fn the_start_says_what_is_served_and_within_which_limits() {
     let mut server = spawn(&[], &["--executors", "3", "--chaos"]);
     let executors = server.wait_for_line("3 executors");

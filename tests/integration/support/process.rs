@@ -177,7 +177,17 @@ impl Process {
         names.into_iter().any(|thread| thread.trim() == name)
     }
 
-    /// Resident memory.
+    /// For each thread of that name the CPUs it may run on, as the kernel lists them.
+    pub fn cpus_of(&self, name: &str) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.id())).expect("it is running");
+        let status = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
+        let of_name = status.filter(|status| status.starts_with(&format!("Name:\t{name}\n")));
+        let list = |status: String| {
+            status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:").map(|list| list.trim().to_owned()))
+        };
+        of_name.map(|status| list(status).expect("it runs somewhere")).collect()
+    }
+
     /// How often the thread of that name has gone to sleep.
     pub fn sleeps_of(&self, name: &str) -> u64 {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.id())).expect("it runs");
@@ -188,6 +198,7 @@ impl Process {
         count.trim().parse().expect("a number")
     }
 
+    /// Resident memory.
     pub fn rss_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it is running");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
