@@ -11,7 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use ringleader::of_the_command::wait_writable;
@@ -26,6 +26,15 @@ const PIECE_BYTES: usize = libc::PIPE_BUF;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How soon the thread tries again when it cannot even wait.
 const AGAIN: Duration = Duration::from_millis(10);
+
+/// To be called before anything is written. A file that has reached the limit on its size (`ulimit -f`, `LimitFSIZE=`) is
+/// then like a full disk: without a handler of SIGXFSZ the first write beyond it would end the process. A handler, since
+/// what is ignored stays so in processes that are made from this one.
+pub(crate) fn prepare() {
+    if let Err(error) = signal_hook::flag::register(libc::SIGXFSZ, Arc::default()) {
+        say(&format!("ringleader: handling SIGXFSZ: {error}; a log file at its size limit would end the process\n"));
+    }
+}
 
 /// A writer for one event of the log.
 pub(crate) fn writer() -> Line {

@@ -44,6 +44,7 @@ impl From<ringleader::Error> for Failure {
 
 /// Parses the arguments and runs the command.
 pub(crate) fn run() -> ExitCode {
+    log::prepare();
     let outcome = match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(&arguments),
     };

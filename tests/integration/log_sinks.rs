@@ -15,7 +15,8 @@ use crate::support::{BOUND, Client, Site, alone, eventually, spawn};
 
 /// Opens a listener for the command, whose log will not say where it serves, prints its port, and becomes the command.
 const ACTIVATE: &str = "
-import os, socket, sys
+import os, signal, socket, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 listener = socket.socket()
 listener.bind(('127.0.0.1', 0))
 listener.listen(100)
@@ -120,6 +121,22 @@ fn set_flags(file: &File, flags: i32) {
 #[test]
 fn a_log_on_a_full_disk_costs_its_lines_and_nothing_else() {
     Server::logging_to(full_device()).works_to_its_end();
+}
+
+#[test]
+fn a_log_file_at_its_size_limit_costs_its_lines_and_nothing_else() {
+    let path = std::env::temp_dir().join(format!("ringleader-log-at-its-limit-{}", std::process::id()));
+    let mut server = Server::logging_to(File::create(&path).expect("there is room"));
+    let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid `struct rlimit`; the old one is not asked for.
+    let set = unsafe {
+        libc::prlimit(server.child.id() as i32, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut())
+    };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    let before = std::fs::read(&path).expect("it is there");
+    server.works_to_its_end();
+    assert_eq!(std::fs::read(&path).expect("it is there"), before);
+    let _ = std::fs::remove_file(&path);
 }
 
 #[test]
