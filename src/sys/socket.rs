@@ -4,6 +4,7 @@
 //! interrupted call is repeated. Errors are the system's own; [`classify_accept`] says what an error
 //! of `accept` means for the loop around it. Opening listeners is the work of `sys::bind`.
 
+use std::ffi::CString;
 use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -120,6 +121,14 @@ pub fn block_sigpipe(block: bool) -> io::Result<()> {
     };
     // It returns its error and leaves errno alone.
     if result != 0 { Err(io::Error::from_raw_os_error(result)) } else { Ok(()) }
+}
+
+/// The number of the network interface of that name, if there is one.
+pub fn interface_number(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: `name` ends in NUL and is only read.
+    let number = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (number > 0).then_some(number)
 }
 
 /// Whether this thread blocks SIGPIPE.

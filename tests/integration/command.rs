@@ -29,6 +29,9 @@ fn usage_errors_are_explained_and_end_with_status_2() {
         (&["--log", ""], &["--log", "info"]),
         (&["--listen", ":18001"], &["host", "0.0.0.0:18001", "[::]:18001"]),
         (&["--listen", "[fe80::1]:18001"], &["interface", "ip link", "[fe80::1%2]:18001"]),
+        (&["--listen", "::1:18001"], &["brackets", "[::1]:18001"]),
+        (&["--listen", "[::ffff:127.0.0.1]:18001"], &["IPv4-mapped", "127.0.0.1:18001"]),
+        (&["--listen", "unix:/run/web.sock"], &["not supported"]),
         (&["--share-port", "--steering", "least-loaded"], &["shared", "random"]),
         (&["--no-such-flag"], &["--no-such-flag"]),
     ] {

@@ -129,9 +129,8 @@ fn a_log_file_at_its_size_limit_costs_its_lines_and_nothing_else() {
     let mut server = Server::logging_to(File::create(&path).expect("there is room"));
     let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid `struct rlimit`; the old one is not asked for.
-    let set = unsafe {
-        libc::prlimit(server.child.id() as i32, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut())
-    };
+    let set =
+        unsafe { libc::prlimit(server.child.id() as i32, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) };
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
     let before = std::fs::read(&path).expect("it is there");
     server.works_to_its_end();
