@@ -3,7 +3,9 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::thread::LocalKey;
 use std::time::Instant;
 
@@ -142,8 +144,8 @@ pub(super) fn with_content(
     response
 }
 
-pub(super) fn content_type(name: &str) -> HeaderValue {
-    match mime_guess::from_path(name).first_raw() {
+pub(super) fn content_type(name: &[u8]) -> HeaderValue {
+    match mime_guess::from_path(OsStr::from_bytes(name)).first_raw() {
         Some("text/html") => HTML,
         Some("text/plain") => TEXT,
         Some(text) if text.starts_with("text/") => value(format!("{text}; charset=utf-8")),

@@ -48,7 +48,7 @@ fn render(title: &str, is_root: bool, entries: &[Entry], more: &mut bool) -> Str
         path::encode_segment(&mut page, &entry.name);
         page.push_str(slash);
         page.push_str("\">");
-        escape_into(&mut page, &entry.name);
+        escape_into(&mut page, &String::from_utf8_lossy(&entry.name));
         page.push_str(slash);
         page.push_str("</a></li>\n");
     }
@@ -92,6 +92,13 @@ mod tests {
         assert!(page.contains("href=\"./javascript%3Ax\""));
         assert!(page.contains("href=\"../\"") && page.contains("<h1>/&lt;b&gt;/</h1>"));
         assert!(!page.contains("more entries"));
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf_8_has_a_link_that_leads_to_it() {
+        let entries = [Entry { name: b"caf\xe9.txt".to_vec(), is_directory: false }];
+        let page = render("/", true, &entries, &mut false);
+        assert!(page.contains("<a href=\"./caf%E9.txt\">caf\u{fffd}.txt</a>"), "{page}");
     }
 
     #[test]

@@ -264,7 +264,7 @@ impl Files {
     /// From the name cache if it is there, on the offload's thread otherwise. A name that is known
     /// not to exist is in that cache, too; one that was never asked for is not, so a flood of
     /// invented names ends as 503 at the helper's queue and does not stall the executor.
-    async fn open_name(&self, name: &str) -> Result<Opened, Refusal> {
+    async fn open_name(&self, name: &[u8]) -> Result<Opened, Refusal> {
         if self.cached_lookup {
             match open::open(&self.root, name, Lookup::Cached) {
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
@@ -278,7 +278,7 @@ impl Files {
 
     async fn list(&self, target: &Target, directory: OwnedFd) -> Result<Response<FileBody>, Refusal> {
         let is_root = target.is_root();
-        let title = if is_root { "/".to_owned() } else { format!("/{}/", target.relative()) };
+        let title = if is_root { "/".to_owned() } else { format!("/{}/", String::from_utf8_lossy(target.relative())) };
         let page = offload::offload(&*self.offload, move || listing::page(directory, &title, is_root)).await??;
         Ok(page_response(StatusCode::OK, HTML, page))
     }
@@ -289,7 +289,7 @@ impl Files {
         method: &Method,
         headers: &HeaderMap,
         file: Regular,
-        name: &str,
+        name: &[u8],
     ) -> Result<Response<FileBody>, Refusal> {
         let now = SystemTime::now();
         let validators = Validators::new(file.mtime, file.mtime_nanoseconds, file.length, file.inode, now);
@@ -414,7 +414,7 @@ impl Error for FilesError {
 
 enum Found<'a> {
     /// And the name it was opened by, which decides the content type.
-    File(Regular, Cow<'a, str>),
+    File(Regular, Cow<'a, [u8]>),
     /// A directory without its slash.
     Directory,
     Listable(OwnedFd),

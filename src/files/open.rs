@@ -87,7 +87,7 @@ pub(super) fn again(root: &OwnedFd) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// As openat2(2) and fstat(2); EXDEV for a way out of `root`.
-pub(super) fn open(root: &OwnedFd, path: &str, lookup: Lookup) -> io::Result<Opened> {
+pub(super) fn open(root: &OwnedFd, path: &[u8], lookup: Lookup) -> io::Result<Opened> {
     let path = CString::new(path)?;
     let mut attempts = match lookup {
         Lookup::Cached => 1,
@@ -299,13 +299,13 @@ pub(super) fn take_back(lent: BufferedFile) -> File {
 /// One name in a directory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Entry {
-    pub(super) name: String,
+    /// Any bytes but NUL and slashes.
+    pub(super) name: Vec<u8>,
     pub(super) is_directory: bool,
 }
 
 /// Up to `limit` entries, in the directory's own order, and whether there are more. Left out: names
-/// with a leading dot, which a listing hides, and names that are not UTF-8, which no URL of this
-/// service reaches. Blocks.
+/// with a leading dot, which a listing hides. Blocks.
 ///
 /// # Errors
 /// As fdopendir(3) and readdir(3).
@@ -354,8 +354,8 @@ impl DirectoryStream {
             let entry = entry.as_ptr();
             (CStr::from_ptr((&raw const (*entry).d_name).cast()), (*entry).d_type)
         };
-        let shown = name.to_str().ok().filter(|name| !name.starts_with('.'));
-        Ok(Some(shown.map(|name| Entry { name: name.to_owned(), is_directory: kind == libc::DT_DIR })))
+        let shown = Some(name.to_bytes()).filter(|name| !name.starts_with(b"."));
+        Ok(Some(shown.map(|name| Entry { name: name.to_vec(), is_directory: kind == libc::DT_DIR })))
     }
 }
 

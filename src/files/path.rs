@@ -1,7 +1,7 @@
 //! From a request path to a file name below the root, and back into a URL. Pure text: nothing here
 //! touches the disk, and nothing here is what keeps a request inside the root. That is the kernel's
 //! job (`RESOLVE_BENEATH`, see `open`); this module only refuses early what can have no honest
-//! meaning.
+//! meaning. Names are bytes, as Linux has them, and need not be UTF-8.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -10,7 +10,7 @@ use std::fmt::Write;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
     /// Segments joined by `/`, without a leading or trailing one; empty for the root itself.
-    relative: String,
+    relative: Vec<u8>,
     /// The path named a directory: it ended in `/`, or in a dot segment.
     directory_form: bool,
 }
@@ -24,8 +24,6 @@ pub(super) enum PathError {
     Escape,
     /// NUL cannot be part of a Linux file name.
     Nul,
-    /// What it decodes to is not UTF-8 (overlong forms are not UTF-8 either).
-    NotUtf8,
     /// More `..` than there are directories above it.
     AboveRoot,
 }
@@ -39,19 +37,19 @@ impl Target {
             return Err(PathError::NotAbsolute);
         }
         let decoded = decode(path)?;
-        let mut relative = String::with_capacity(decoded.len());
+        let mut relative = Vec::with_capacity(decoded.len());
         let mut directory_form = true;
-        for segment in decoded.split('/') {
-            directory_form = matches!(segment, "" | "." | "..");
+        for segment in decoded.split(|byte| *byte == b'/') {
+            directory_form = matches!(segment, b"" | b"." | b"..");
             match segment {
-                "" | "." => {}
-                ".." if relative.is_empty() => return Err(PathError::AboveRoot),
-                ".." => relative.truncate(relative.rfind('/').unwrap_or(0)),
+                b"" | b"." => {}
+                b".." if relative.is_empty() => return Err(PathError::AboveRoot),
+                b".." => relative.truncate(relative.iter().rposition(|byte| *byte == b'/').unwrap_or(0)),
                 name => {
                     if !relative.is_empty() {
-                        relative.push('/');
+                        relative.push(b'/');
                     }
-                    relative.push_str(name);
+                    relative.extend_from_slice(name);
                 }
             }
         }
@@ -67,25 +65,26 @@ impl Target {
     }
 
     /// Without a leading or trailing slash; empty for the root itself.
-    pub(super) fn relative(&self) -> &str {
+    pub(super) fn relative(&self) -> &[u8] {
         &self.relative
     }
 
     /// The name to open relative to the root. The slash form opens a directory or fails with
     /// ENOTDIR: it never touches a FIFO or device.
-    pub(super) fn name(&self) -> Cow<'_, str> {
+    pub(super) fn name(&self) -> Cow<'_, [u8]> {
         if self.is_root() {
-            ".".into()
+            b".".into()
         } else if self.directory_form {
-            format!("{}/", self.relative).into()
+            [&self.relative[..], b"/"].concat().into()
         } else {
-            self.relative.as_str().into()
+            self.relative.as_slice().into()
         }
     }
 
     /// The name of `file` inside the directory that this target names.
-    pub(super) fn join(&self, file: &str) -> String {
-        if self.is_root() { file.to_owned() } else { format!("{}/{file}", self.relative) }
+    pub(super) fn join(&self, file: &str) -> Vec<u8> {
+        let file = file.as_bytes();
+        if self.is_root() { file.to_vec() } else { [&self.relative[..], file].join(&b'/') }
     }
 
     /// The URL of this target as a directory, rebuilt from the decoded segments and not copied from
@@ -107,13 +106,13 @@ impl Target {
 }
 
 /// Percent-encodes one segment for use in an `href`.
-pub(super) fn encode_segment(out: &mut String, segment: &str) {
+pub(super) fn encode_segment(out: &mut String, segment: &[u8]) {
     encode_into(out, segment, b"");
 }
 
 /// Everything but RFC 3986's unreserved characters and `keep` is encoded.
-fn encode_into(out: &mut String, text: &str, keep: &[u8]) {
-    for &byte in text.as_bytes() {
+fn encode_into(out: &mut String, text: &[u8], keep: &[u8]) {
+    for &byte in text {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || keep.contains(&byte) {
             out.push(char::from(byte));
         } else {
@@ -122,7 +121,7 @@ fn encode_into(out: &mut String, text: &str, keep: &[u8]) {
     }
 }
 
-fn decode(path: &str) -> Result<String, PathError> {
+fn decode(path: &str) -> Result<Vec<u8>, PathError> {
     let bytes = path.as_bytes();
     let mut decoded = Vec::with_capacity(bytes.len());
     let mut at = 0;
@@ -144,7 +143,7 @@ fn decode(path: &str) -> Result<String, PathError> {
         }
         decoded.push(byte);
     }
-    String::from_utf8(decoded).map_err(|_| PathError::NotUtf8)
+    Ok(decoded)
 }
 
 fn hexadecimal(digit: u8) -> Option<u8> {
@@ -155,7 +154,7 @@ fn hexadecimal(digit: u8) -> Option<u8> {
 mod tests {
     use super::*;
 
-    fn relative(path: &str) -> Result<(String, bool), PathError> {
+    fn relative(path: &str) -> Result<(Vec<u8>, bool), PathError> {
         Target::parse(path).map(|target| (target.relative, target.directory_form))
     }
 
@@ -186,10 +185,21 @@ mod tests {
             ("/%0d%0aSet-Cookie:x", "\r\nSet-Cookie:x", false),
         ];
         for (path, expected, directory) in table {
-            assert_eq!(relative(path), Ok((expected.to_owned(), directory)), "{path}");
+            assert_eq!(relative(path), Ok((expected.into(), directory)), "{path}");
+        }
+        // Not UTF-8: neither a slash nor a dot, whatever a careless decoder would make of it.
+        for (path, expected) in [
+            ("/%ff", &b"\xff"[..]),
+            ("/caf%E9.txt", b"caf\xe9.txt"),
+            ("/%c0%ae%c0%ae/etc/passwd", b"\xc0\xae\xc0\xae/etc/passwd"),
+            ("/%e0%80%ae/x", b"\xe0\x80\xae/x"),
+            ("/a%c0%afb", b"a\xc0\xafb"),
+            ("/%ed%a0%80", b"\xed\xa0\x80"),
+        ] {
+            assert_eq!(relative(path), Ok((expected.to_vec(), false)), "{path}");
         }
         let name = |path| Target::parse(path).expect("a valid path").name().into_owned();
-        assert_eq!([name("/"), name("/a/b"), name("/a/b/")], [".", "a/b", "a/b/"]);
+        assert_eq!([name("/"), name("/a/b"), name("/a/b/")], [&b"."[..], b"a/b", b"a/b/"]);
     }
 
     #[test]
@@ -207,11 +217,6 @@ mod tests {
             ("/a%00.html", PathError::Nul),
             ("/%00", PathError::Nul),
             ("/a\0b", PathError::Nul),
-            ("/%c0%ae%c0%ae/etc/passwd", PathError::NotUtf8),
-            ("/%e0%80%ae/x", PathError::NotUtf8),
-            ("/%c0%af", PathError::NotUtf8),
-            ("/%ff", PathError::NotUtf8),
-            ("/%ed%a0%80", PathError::NotUtf8),
             ("/%", PathError::Escape),
             ("/%2", PathError::Escape),
             ("/%zz", PathError::Escape),
@@ -238,7 +243,7 @@ mod tests {
                 rest /= alphabet.len();
             }
             if let Ok(target) = Target::parse(&path) {
-                let bad = target.relative.split('/').any(|segment| matches!(segment, "" | "." | ".."));
+                let bad = target.relative.split(|byte| *byte == b'/').any(|name| matches!(name, b"" | b"." | b".."));
                 assert!(target.is_root() || !bad, "{path} -> {target:?}");
             }
         }
@@ -262,7 +267,11 @@ mod tests {
 
     #[test]
     fn encoding_and_decoding_are_inverse() {
-        for name in ["a b", "100%", "x&y<z>\"'", "semi;colon:", "日本", "~.-_", "?#"] {
+        for name in ["a b", "100%", "x&y<z>\"'", "semi;colon:", "日本", "~.-_", "?#"]
+            .map(str::as_bytes)
+            .into_iter()
+            .chain([&b"caf\xe9"[..]])
+        {
             let mut url = String::from("/");
             encode_segment(&mut url, name);
             assert_eq!(Target::parse(&url).expect("own encoding").relative(), name);
