@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use glommio::{LocalExecutor, LocalExecutorBuilder, Placement, PoolPlacement};
 
 use super::core::Failure;
-use crate::panics::caught;
+use crate::panics::{caught, mark_thread};
 use crate::sys::thread::{rename, try_join};
 use crate::sys::{affinity, limits, memory};
 
@@ -246,6 +246,8 @@ pub(crate) fn employ(name: String, cpu: usize, leisure: Leisure, work: Work) -> 
 /// A thread's life.
 fn live(first: Job, this: &Handle) {
     let first_name = first.name.clone();
+    // glommio's panics are told as failures.
+    mark_thread();
     rename(NAME_GLOMMIO);
     let executor = match make(first.cpu) {
         Ok(executor) => executor,
@@ -342,9 +344,11 @@ fn make(cpu: usize) -> Result<LocalExecutor, Failure> {
         // glommio's way to say that it could not have the thread of its pool.
         Err(payload) => {
             let panic = caught(payload);
-            let refused = panic.message.contains("failed to spawn thread");
-            let kind = if refused { Failure::NoResources } else { Failure::Start };
-            Err(kind(format!("{attempt}: {panic}")))
+            if panic.message.contains("failed to spawn thread") {
+                let attempt = format!("{attempt}: starting the thread of its pool");
+                return Err(Failure::of_setup(&attempt, &io::Error::from_raw_os_error(libc::EAGAIN)));
+            }
+            Err(Failure::Start(format!("{attempt}: {panic}")))
         }
     }
 }

@@ -38,6 +38,7 @@ use crate::executor::threads::Employment;
 use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
+use crate::sys::limits;
 use crate::sys::poll::wait_readable;
 use crate::sys::thread;
 use backtrace::Scribe;
@@ -149,7 +150,10 @@ pub(crate) fn start(
     std::thread::Builder::new()
         .name(thread::name(&supervision.name, &"sup"))
         .spawn(move || supervisor.run(&inbox))
-        .map_err(|error| Error::new(Kind::System, format!("starting the supervisor's thread: {error}")))?;
+        .map_err(|error| {
+            let remedy = limits::shortage(&error).map(|remedy| format!("; {remedy}")).unwrap_or_default();
+            Error::new(Kind::System, format!("starting the supervisor's thread: {error}{remedy}"))
+        })?;
     Ok(order)
 }
 

@@ -68,9 +68,9 @@ pub fn shortage(error: &io::Error) -> Option<&'static str> {
             Some("raise the limit on open files (ulimit -n; LimitNOFILE= of a unit), or allow fewer connections")
         }
         libc::ENFILE => Some("all descriptors of the system are in use: raise fs.file-max, or end what holds them"),
-        libc::ENOMEM | libc::ENOBUFS => {
-            Some("free memory, or raise the limits on it (of the cgroup; ulimit -l, LimitMEMLOCK= of a unit)")
-        }
+        libc::ENOMEM | libc::ENOBUFS => Some(
+            "free memory, or raise the limits on it (of the cgroup; ulimit -v, LimitAS= and ulimit -l, LimitMEMLOCK= of a unit)",
+        ),
         libc::EAGAIN => Some("raise the limit on threads (ulimit -u; TasksMax= and LimitNPROC= of a unit)"),
         _ => None,
     }

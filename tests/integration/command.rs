@@ -141,6 +141,22 @@ fn a_thread_that_cannot_be_had_at_the_start_is_an_error() {
 }
 
 #[test]
+fn a_lack_of_threads_at_any_point_of_the_start_is_told_with_a_remedy_and_without_a_panic() {
+    // A user of this test's own, whose threads are counted.
+    let as_somebody = ["setpriv", "--reuid=61123", "--regid=61123", "--clear-groups", "prlimit"];
+    // SAFETY: has no preconditions and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let wrapper = if root { &as_somebody[..] } else { &as_somebody[4..] };
+    // Main's, the supervisor's, two executors', and two of glommio's: with one fewer the start fails somewhere.
+    for threads in 1..6 {
+        let limit = format!("--nproc={threads}:{threads}");
+        let ended = run(&[wrapper, &[&limit]].concat(), &["serve", "--listen", "127.0.0.1:0", "--executors", "2"]);
+        assert!(!ended.printed.contains("panic"), "{threads}:\n{}", ended.printed);
+        ended.expect(1, &["ulimit -u", "TasksMax="]);
+    }
+}
+
+#[test]
 fn too_little_locked_memory_for_so_many_executors_is_explained() {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("Linux has it");
     let version: Vec<u32> = release.split(['.', '-', '\n']).map_while(|number| number.parse().ok()).take(2).collect();
