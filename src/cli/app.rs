@@ -135,6 +135,10 @@ impl Service for OnShard {
     type Body = Body;
 
     async fn call(&self, request: Request) -> Result<Response, BoxError> {
+        // Whatever the path: 200 would open a tunnel, and this is no proxy.
+        if request.method() == Method::CONNECT {
+            return Ok(refusal(StatusCode::NOT_IMPLEMENTED, "Not Implemented\n"));
+        }
         if self.chaos && request.uri().path().starts_with("/chaos/") {
             return Box::pin(chaos::respond(&self.shard, &request)).await;
         }

@@ -239,3 +239,13 @@ fn the_built_in_application_answers() {
     assert_eq!(client.get("/nothing").status, 404);
     assert_eq!(client.get("/chaos/panic").status, 404, "without --chaos there is no chaos");
 }
+
+#[test]
+fn no_tunnel_is_opened() {
+    let server = spawn(&[], &["--executors", "1"]);
+    for target in ["/echo", "example.com:80"] {
+        let mut client = server.connect();
+        client.send(format!("CONNECT {target} HTTP/1.1\r\nHost: a\r\n\r\n"));
+        assert_eq!(client.answer().status, 501, "CONNECT {target}");
+    }
+}
