@@ -244,7 +244,9 @@ impl Driver {
                 return Poll::Ready(Ok(taken));
             }
             socket.fresh_offset = 0;
-            self.ring.recycle(socket.fresh.remove(0));
+            // Nearly always the only one, and then nothing has to move up.
+            let read = if socket.fresh.len() == 1 { socket.fresh.pop() } else { Some(socket.fresh.remove(0)) };
+            read.into_iter().for_each(|buffer| self.ring.recycle(buffer));
         }
         if taken > 0 {
             self.arm(key);

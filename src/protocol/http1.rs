@@ -519,7 +519,7 @@ impl Connection {
     fn poll_timer(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let now = self.core.now();
         loop {
-            let (deadline, next_look) = (self.deadline(), self.next_look());
+            let deadline = self.deadline();
             let Some(timer) = &mut self.timer else { return Poll::Pending };
             if let Some(nearer) = deadline.filter(|deadline| *deadline < timer.deadline()) {
                 // A head has begun: its limit is nearer than what was waited for.
@@ -532,12 +532,12 @@ impl Connection {
             match (&self.stage, deadline) {
                 // Its reader is told, and decides.
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now && self.activity.uploads.end_wait() => {
-                    timer.reset(next_look);
+                    self.look_later();
                 }
                 (Stage::Speaking(_), Some(deadline)) if deadline <= now => return self.time_out(),
                 (Stage::Speaking(_), _) if self.activity.is_asleep(&self.core.settings.http, now) => self.hibernate(),
                 // Lively, or at work: look again later.
-                (Stage::Speaking(_), _) => timer.reset(next_look),
+                (Stage::Speaking(_), _) => self.look_later(),
                 _ => return self.time_out(),
             }
             if matches!(self.stage, Stage::Silent(_)) && self.poll_stages(context).is_ready() {
@@ -550,6 +550,13 @@ impl Connection {
         match self.stage {
             Stage::Speaking(_) => self.activity.deadline(&self.core.settings.http),
             _ => None,
+        }
+    }
+
+    fn look_later(&mut self) {
+        let next_look = self.next_look();
+        if let Some(timer) = &mut self.timer {
+            timer.reset(next_look);
         }
     }
 
