@@ -349,7 +349,8 @@ impl Builder {
         self
     }
 
-    /// Threads for [`Shard::spawn_blocking`], of all executors together. Default 64; 1 at least.
+    /// Threads for [`Shard::spawn_blocking`], of all executors together. Default 64; 1 at least, 32,768 at
+    /// most.
     pub fn blocking_threads_max(mut self, count: usize) -> Self {
         self.blocking_threads_max = count;
         self

@@ -46,9 +46,11 @@ pub struct HttpLimits {
     /// closed; it has seen the end of ours by then. Closing on unread bytes sends a reset, which may destroy the answer. 2 s;
     /// nginx's `lingering_timeout` is 5 s, from one piece to the next. It ends after 4 MiB in any case. `None` is no limit.
     pub linger_timeout: Option<Duration>,
-    /// Bytes of a request's head. 32 KiB: what nginx takes with `large_client_header_buffers 4 8k`. At least 8 KiB.
+    /// Bytes of a request's head. 32 KiB: what nginx takes with `large_client_header_buffers 4 8k`. At least 8 KiB; 1 MiB at
+    /// most, since a head is read from its beginning with each piece of it that comes.
     pub header_bytes_max: usize,
-    /// Header fields of a request. 100: hyper's own default.
+    /// Header fields of a request. 100: hyper's own default. 10,000 at most: a table of so many, 64 bytes each, is made
+    /// for each head that is read.
     pub headers_max: usize,
     /// Bytes of a request body. 1 MiB: nginx's `client_max_body_size`. `u64::MAX` is no limit; 0 takes no body.
     pub body_bytes_max: u64,
@@ -94,7 +96,7 @@ pub struct Overload {
     /// has 5 ms, for services with handlers that never compute for long; it has to be well above the longest computation
     /// of one request. `None` is no limit.
     pub delay_max: Option<Duration>,
-    /// What `Retry-After` says, in whole seconds rounded up. 1 s.
+    /// What `Retry-After` says, in whole seconds rounded up. 1 s; a day at most.
     pub retry_after: Duration,
 }
 

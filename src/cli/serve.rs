@@ -91,8 +91,9 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = parse_seconds)]
     drain_delay: f64,
 
-    /// Milliseconds that one turn of an executor may take, 1 at least; beyond, new connections go to others
-    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    /// Milliseconds that one turn of an executor may take, 1 at least and a day at most; beyond, new connections go to
+    /// others
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
     stall_limit: u64,
 
     /// Seconds after which a stalled executor is held to hang; 0 is never
@@ -107,11 +108,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
     upgrade_timeout: f64,
 
-    /// Bytes of a request's head
+    /// Bytes of a request's head, 8192 to 1048576
     #[arg(long, value_name = "BYTES", default_value_t = 32 * 1024, value_parser = parse_header_bytes)]
     header_bytes: usize,
 
-    /// Header fields of a request
+    /// Header fields of a request, 1 to 10000
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = parse_headers)]
     headers: usize,
 
@@ -124,15 +125,15 @@ pub(crate) struct Arguments {
     quarantine_after: u32,
 
     /// Milliseconds before the second restart in a row; doubles up to 15 s
-    #[arg(long, value_name = "MS", default_value_t = 100)]
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(..=15_000))]
     restart_delay: u64,
 
     /// What a panic in a request's handler costs
     #[arg(long, value_enum, default_value = "contain")]
     on_panic: OnPanic,
 
-    /// With `--on-panic contain`: panics within 10 s, more than which restart their executor; 0 is never
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    /// With `--on-panic contain`: panics within 10 s, more than which restart their executor, 10000 at most; 0 is never
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=10_000))]
     escalate_after: u32,
 
     /// Let other processes of this user listen on the same address, and share the traffic; all have to be started with
@@ -207,12 +208,20 @@ fn parse_path(text: &str) -> Result<String, String> {
 
 fn parse_header_bytes(text: &str) -> Result<usize, String> {
     let bytes: usize = text.parse().map_err(|_| "give a number of bytes".to_owned())?;
-    if bytes >= 8192 { Ok(bytes) } else { Err("8192 bytes is the least".to_owned()) }
+    match bytes {
+        ..8192 => Err("8192 bytes is the least".to_owned()),
+        8192..=1_048_576 => Ok(bytes),
+        _ => Err("1048576 bytes is the most: a head is read from its beginning with each piece that comes".to_owned()),
+    }
 }
 
 fn parse_headers(text: &str) -> Result<usize, String> {
     let count: usize = text.parse().map_err(|_| "give a number of fields".to_owned())?;
-    if count >= 1 { Ok(count) } else { Err("1 is the least: every request of HTTP/1.1 has `Host`".to_owned()) }
+    match count {
+        0 => Err("1 is the least: every request of HTTP/1.1 has `Host`".to_owned()),
+        1..=10_000 => Ok(count),
+        _ => Err("10000 is the most: a table of so many fields is made for each head, 64 bytes a field".to_owned()),
+    }
 }
 
 /// 0 stands for no limit.

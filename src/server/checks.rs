@@ -11,8 +11,18 @@ use crate::supervisor::policy::SAMPLE_PERIOD_MIN;
 
 /// hyper has no smaller buffer.
 const HEADER_BYTES_MIN: usize = 8192;
+/// hyper begins at the head's first byte again with each piece of it that comes, which is the square of this.
+const HEADER_BYTES_MAX: usize = 1024 * 1024;
+/// hyper makes a table of 64 bytes a field for each head that it reads, and `http` panics above 24,576.
+const HEADERS_MAX: usize = 10_000;
+/// As many as Linux lets exist by default.
+const BLOCKING_THREADS_MAX: usize = 32_768;
+/// A response says it in seconds; no client waits for longer than a day.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(86_400);
 /// Of a turn: the watchdog does not look more closely.
 const STALL_LIMIT_MIN: Duration = Duration::from_millis(1);
+/// The watchdog adds it to the time; what is meant by more is that nobody looks.
+const STALL_LIMIT_MAX: Duration = Duration::from_secs(86_400);
 
 impl Builder {
     /// # Errors
@@ -46,10 +56,15 @@ impl Builder {
         let descriptors = self.descriptors_per_connection;
         holds(descriptors > 0, "`descriptors_per_connection`", descriptors, at_least_one)?;
         holds(self.backlog > 0, "`backlog`", self.backlog, at_least_one)?;
-        holds(self.blocking_threads_max > 0, "`blocking_threads_max`", self.blocking_threads_max, at_least_one)?;
+        let threads = self.blocking_threads_max;
+        holds(threads > 0, "`blocking_threads_max`", threads, at_least_one)?;
+        let most = "32768 is the most: Linux has no more threads by default";
+        holds(threads <= BLOCKING_THREADS_MAX, "`blocking_threads_max`", threads, most)?;
         let in_flight = self.overload.in_flight_max;
         holds(in_flight != Some(0), "`Overload::in_flight_max`", in_flight, "give 1 at least; `None` is no limit")?;
         optional("`Overload::delay_max`", self.overload.delay_max)?;
+        let retry_after = self.overload.retry_after;
+        holds(retry_after <= RETRY_AFTER_MAX, "`Overload::retry_after`", retry_after, "a day is the most")?;
         let never = "give `None` to never ask";
         holds(self.keepalive != Some(Duration::ZERO), "`keepalive`", self.keepalive, never)?;
         let kernels = "give `None` for the kernel's own";
@@ -64,8 +79,12 @@ impl Builder {
         optional("`HttpLimits::send_timeout`", limits.send_timeout)?;
         let bytes = limits.header_bytes_max;
         holds(bytes >= HEADER_BYTES_MIN, "`HttpLimits::header_bytes_max`", bytes, "8192 bytes is the least")?;
+        let most = "1048576 bytes is the most: a head is read from its beginning with each piece of it that comes";
+        holds(bytes <= HEADER_BYTES_MAX, "`HttpLimits::header_bytes_max`", bytes, most)?;
         let fields = "1 is the least: every request of HTTP/1.1 has `Host`";
-        holds(limits.headers_max > 0, "`HttpLimits::headers_max`", limits.headers_max, fields)
+        holds(limits.headers_max > 0, "`HttpLimits::headers_max`", limits.headers_max, fields)?;
+        let most = "10000 is the most: a table of so many fields is made for each head that is read, 64 bytes a field";
+        holds(limits.headers_max <= HEADERS_MAX, "`HttpLimits::headers_max`", limits.headers_max, most)
     }
 
     fn check_supervision(&self) -> Result<(), Error> {
@@ -75,6 +94,8 @@ impl Builder {
         let unlimited = "give it some time; `Duration::MAX` is no limit";
         holds(!policy.upgrade_timeout.is_zero(), "`upgrade_timeout`", policy.upgrade_timeout, unlimited)?;
         holds(policy.stall_limit >= STALL_LIMIT_MIN, "`stall_limit`", policy.stall_limit, "1 ms is the least")?;
+        let most = "a day is the most: what is stalled gets new connections for as long";
+        holds(policy.stall_limit <= STALL_LIMIT_MAX, "`stall_limit`", policy.stall_limit, most)?;
         let hang = policy.hang_timeout;
         holds(hang != Some(Duration::ZERO), "the time of `hang`", hang, "give it some time; `None` is never")?;
         let window = policy.restart.quarantine_window;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ringleader::{
     Body, BoxError, Builder, Escalation, ExecutorState, HangPolicy, HttpLimits, Overload, Request, Response,
-    RestartPolicy, Scaling, Server, Shard, StatusCode, Steering, service_fn,
+    RestartPolicy, Scaling, Server, Shard, StatusCode, Steering, Stop, service_fn,
 };
 
 use crate::support::{Client, Site, echo, eventually, expect_refusal, local, settle};
@@ -182,6 +182,12 @@ fn a_setting_that_cannot_work_is_a_usage_error_that_names_it() {
         (http(|limits| limits.send_timeout = Some(NO_TIME)), "`HttpLimits::send_timeout`", "0ns"),
         (http(|limits| limits.header_bytes_max = 8191), "`HttpLimits::header_bytes_max`", "8191"),
         (http(|limits| limits.headers_max = 0), "`HttpLimits::headers_max`", "0"),
+        (http(|limits| limits.headers_max = usize::MAX), "`HttpLimits::headers_max`", "18446744073709551615"),
+        (http(|limits| limits.headers_max = 10_001), "`HttpLimits::headers_max`", "10001"),
+        (http(|limits| limits.header_bytes_max = usize::MAX), "`HttpLimits::header_bytes_max`", "18446744073709551615"),
+        (overload(|limits| limits.retry_after = Duration::MAX), "`Overload::retry_after`", "a day"),
+        (local(1).blocking_threads_max(usize::MAX), "`blocking_threads_max`", "18446744073709551615"),
+        (local(1).stall_limit(Duration::MAX), "`stall_limit`", "a day"),
         (overload(|limits| limits.in_flight_max = Some(0)), "`Overload::in_flight_max`", "0"),
         (overload(|limits| limits.delay_max = Some(NO_TIME)), "`Overload::delay_max`", "0ns"),
         (local(1).restart(restart), "`RestartPolicy::quarantine_window`", "0ns"),
@@ -337,4 +343,72 @@ fn executors_that_keep_failing_are_given_up_one_by_one() {
     assert!(error.to_string().contains("doomed by the test"), "{error}");
     assert!(!handle.stats().ready);
     expect_refusal(handle.local_addrs()[0]);
+}
+
+/// What is not refused works: times that no clock can add up are no limit, counts that nothing reaches are none either.
+#[test]
+fn the_largest_settings_that_are_taken_serve_and_stop() {
+    const EVER: Option<Duration> = Some(Duration::MAX);
+    let mut limits = HttpLimits::default();
+    limits.header_timeout = EVER;
+    limits.idle_timeout = EVER;
+    limits.hibernate_after = EVER;
+    limits.body_timeout = EVER;
+    limits.send_timeout = EVER;
+    limits.half_close_timeout = EVER;
+    limits.linger_timeout = EVER;
+    limits.header_bytes_max = 1024 * 1024;
+    limits.headers_max = 10_000;
+    limits.body_bytes_max = u64::MAX;
+    let mut overload = Overload::default();
+    overload.in_flight_max = Some(u64::MAX);
+    overload.delay_max = EVER;
+    overload.retry_after = Duration::from_secs(86_400);
+    let mut restart = RestartPolicy::default();
+    restart.backoff_base = Duration::MAX;
+    restart.backoff_max = Duration::MAX;
+    restart.healthy_after = Duration::MAX;
+    restart.quarantine_after = u32::MAX;
+    restart.quarantine_window = Duration::MAX;
+    let mut scaling = Scaling::default();
+    scaling.period = Duration::MAX;
+    (scaling.up_after, scaling.down_after, scaling.reversal_penalty) = (u32::MAX, u32::MAX, u32::MAX);
+    (scaling.emergency_after, scaling.emergency_queue, scaling.order_hold) = (u32::MAX, u32::MAX, u32::MAX);
+    (scaling.step_up, scaling.step_down, scaling.emergency_step) = (u16::MAX, u16::MAX, u16::MAX);
+    let builder = local(1)
+        .executors(1..=2)
+        .name(&"n".repeat(1000))
+        .connections_max(u64::MAX)
+        .backlog(u32::MAX)
+        .keepalive(EVER)
+        .user_timeout(EVER)
+        .drain_timeout(Duration::MAX)
+        .start_timeout(Duration::MAX)
+        .upgrade_timeout(Duration::MAX)
+        .stall_limit(Duration::from_secs(86_400))
+        .hang(HangPolicy::Replace, EVER)
+        .blocking_threads_max(32_768)
+        .blocking_queue_max(usize::MAX)
+        .escalation(Some(Escalation::after(u32::MAX, Duration::MAX)))
+        .http_limits(limits)
+        .overload(overload)
+        .restart(restart)
+        .scaling(scaling);
+    let server = builder.serve(async |shard: Shard| {
+        Ok(service_fn(async move |_: Request| {
+            shard.spawn_blocking(|| ()).await?;
+            Ok(Response::new(Body::empty()))
+        }))
+    });
+    let running = settle(server.start()).expect("it starts");
+    let mut client = Client::connect(running.local_addrs()[0]);
+    assert_eq!(client.get("/").status, 200);
+    // The first restart is at once.
+    let panic = ringleader::test::Provocation::Panic;
+    settle(ringleader::test::provoke(&running, 0, panic)).expect("it is provoked");
+    ringleader::test::wait_until(&running, |stats| stats.executors[0].generation == 2 && stats.ready);
+    drop(client);
+    assert_eq!(Client::connect(running.local_addrs()[0]).get("/").status, 200);
+    let exit = settle(running.stop(Stop::Drain(Duration::MAX))).expect("it stops");
+    assert!(exit.drained, "{exit:?}");
 }
