@@ -1,7 +1,6 @@
 //! What everything on one executor shares: the driver, the timers, the tasks, the time. One per generation, never
 //! leaves its thread.
 
-use std::backtrace::Backtrace;
 use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::fmt;
 use std::rc::Rc;
@@ -26,6 +25,7 @@ use crate::net::ring::RingOptions;
 use crate::net::wheel::{TimerKey, Wheel};
 use crate::panics::escalator::Escalator;
 use crate::panics::lines::{Lines, More};
+use crate::panics::trace::Trace;
 use crate::panics::{Panic, caught};
 use crate::settings::{Entered, PanicPolicy, Settings};
 use crate::shard_local::Home;
@@ -77,7 +77,7 @@ impl Failure {
     }
 
     /// Of the panic, if there was one and a backtrace was asked for.
-    pub(crate) fn backtrace(&self) -> Option<Arc<Backtrace>> {
+    pub(crate) fn backtrace(&self) -> Option<Arc<Trace>> {
         match self {
             Self::Panicked(panic) | Self::Escalated(panic) => panic.backtrace.clone(),
             Self::Start(_) | Self::NoResources(_) | Self::Background { .. } => None,

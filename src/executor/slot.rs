@@ -25,7 +25,7 @@ use super::threads::{self, Condition, Employment, Leisure};
 use crate::blocking::Pool;
 use crate::net::registry::Registry;
 use crate::panics::escalator::Escalated;
-use crate::panics::{self, Panic, caught};
+use crate::panics::{self, Panic, caught, trace};
 use crate::server::Factory;
 use crate::server::sharded::Components;
 use crate::settings::Settings;
@@ -332,7 +332,7 @@ fn report_fall(seat: &SlotSeat, panic: &Panic) {
         panic.message
     );
     if let Some(backtrace) = &panic.backtrace {
-        tracing::error!("its backtrace:\n{backtrace}");
+        trace::log_apart(Arc::clone(backtrace));
     }
 }
 

@@ -7,13 +7,15 @@
 
 pub(crate) mod escalator;
 pub(crate) mod lines;
+pub(crate) mod trace;
 
 use std::any::Any;
-use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::panic::{self, PanicHookInfo};
 use std::sync::{Arc, Once};
+
+use trace::Trace;
 
 const NOT_TEXT: &str = "a panic with a payload that is not text";
 /// What tokio says when it is called on a thread that knows of no runtime of its kind.
@@ -36,8 +38,8 @@ pub(crate) struct Panic {
     pub message: String,
     /// File, line and column; known to the hook only.
     pub place: Option<String>,
-    /// If `RUST_BACKTRACE` asks for one. Its symbols are looked up when it is printed.
-    pub backtrace: Option<Arc<Backtrace>>,
+    /// If `RUST_BACKTRACE` asks for one. Its symbols are looked up when it is printed: not on an executor.
+    pub backtrace: Option<Arc<Trace>>,
 }
 
 impl Panic {
@@ -85,6 +87,9 @@ pub(crate) fn caught(payload: Box<dyn Any + Send>) -> Panic {
         other => {
             // A panic that somebody caught before, and then this one, which passed no hook (`resume_unwind`).
             other.iter().for_each(report_missed);
+            if let Some(backtrace) = other.and_then(|panic| panic.backtrace) {
+                trace::log_apart(backtrace);
+            }
             Panic::of(message)
         }
     };
@@ -127,22 +132,27 @@ pub fn install_panic_hook() {
 }
 
 fn note(info: &PanicHookInfo<'_>) {
-    let backtrace = Backtrace::capture();
     let note = Panic {
         message: text_of(info.payload()).to_owned(),
         place: info.location().map(ToString::to_string),
-        backtrace: (backtrace.status() == BacktraceStatus::Captured).then(|| Arc::new(backtrace)),
+        backtrace: Trace::capture().map(Arc::new),
     };
     let aborts = LAST_WORDS.contains(&note.message.as_str());
     let earlier = NOTE.try_with(|kept| kept.replace((!aborts).then(|| note.clone()))).ok().flatten();
     // Two in a row and nobody has come by to catch the first: it may be that nobody ever will.
     earlier.iter().for_each(report_missed);
     if aborts {
+        // No other thread would come to it.
+        if let Some(backtrace) = earlier.and_then(|panic| panic.backtrace) {
+            tracing::error!("its backtrace:\n{backtrace}");
+        }
         let thread = std::thread::current();
         tracing::error!(
             thread = thread.name().unwrap_or("?"),
             "{note}: a drop panicked while a panic unwound its frame, or foreign code was unwound into; the process aborts"
         );
+    } else if let Some(backtrace) = earlier.and_then(|panic| panic.backtrace) {
+        trace::log_apart(backtrace);
     }
 }
 
@@ -151,9 +161,6 @@ fn report_missed(panic: &Panic) {
     let thread = std::thread::current();
     let place = panic.place.as_deref();
     tracing::error!(thread = thread.name().unwrap_or("?"), place, "a panic, followed by another: {}", panic.message);
-    if let Some(backtrace) = &panic.backtrace {
-        tracing::error!("its backtrace:\n{backtrace}");
-    }
 }
 
 #[cfg(test)]
@@ -162,12 +169,12 @@ mod tests {
 
     use super::*;
 
-    fn caught_from(act: impl FnOnce()) -> Panic {
+    pub(super) fn caught_from(act: impl FnOnce()) -> Panic {
         caught(catch_unwind(AssertUnwindSafe(act)).expect_err("it panics"))
     }
 
     /// On a thread of the library's with the hook installed.
-    fn with_hook<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+    pub(super) fn with_hook<T: Send>(act: impl FnOnce() -> T + Send) -> T {
         install_panic_hook();
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {

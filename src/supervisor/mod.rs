@@ -38,6 +38,7 @@ use crate::executor::threads::Employment;
 use crate::handle::{ExecutorState, Exit, Running, Shared, Stop};
 use crate::order::{Order, Promise};
 use crate::steering::Table;
+use crate::sys::affinity;
 use crate::sys::limits;
 use crate::sys::poll::wait_readable;
 use crate::sys::thread;
@@ -348,7 +349,10 @@ impl Supervisor {
         }
         let is_news = self.starting.is_none() || self.failures.is_empty();
         if let Some(backtrace) = failure.backtrace().filter(|_| is_news) {
-            let write = move || tracing::error!(slot, generation, "its backtrace:\n{backtrace}");
+            let write = move || {
+                affinity::step_back();
+                tracing::error!(slot, generation, "its backtrace:\n{backtrace}");
+            };
             if !self.scribe.write(write) {
                 tracing::info!(slot, generation, "its backtrace is not shown: another is being written");
             }
