@@ -3,15 +3,11 @@
 
 use std::fmt;
 use std::future::poll_fn;
-#[cfg(feature = "axum")]
-use std::pin::Pin;
 
 #[cfg(feature = "axum")]
 use axum::extract::ConnectInfo;
 #[cfg(feature = "axum")]
 use http::{StatusCode, header};
-#[cfg(feature = "axum")]
-use http_body::Body as _;
 
 #[cfg(feature = "axum")]
 use crate::service::NoUpgrade;
@@ -160,32 +156,11 @@ impl Service for Axum {
         let asks_for = request.headers().get(header::UPGRADE);
         let is_websocket = can_upgrade && asks_for.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
         let response = self.0.call(request).await?;
-        if is_websocket && response.status() == StatusCode::UPGRADE_REQUIRED {
-            return unless_refused(response).await;
-        }
-        Ok(response)
+        // Its answer names no protocol, as any other 426 has to (RFC 9110, 15.5.22). The body may be a layer's by now.
+        let refused =
+            response.status() == StatusCode::UPGRADE_REQUIRED && !response.headers().contains_key(header::UPGRADE);
+        if is_websocket && refused { Err(NoUpgrade.into()) } else { Ok(response) }
     }
-}
-
-/// What `WebSocketUpgrade` says for want of a connection to take over (axum 0.8). A handler's own 426 says something else.
-#[cfg(feature = "axum")]
-const NOT_UPGRADABLE: &[u8] = b"WebSocket request couldn't be upgraded since no upgrade state was present";
-
-/// The answer, unless it is the one of `WebSocketUpgrade` that misses a connection to take over.
-#[cfg(feature = "axum")]
-async fn unless_refused(response: Response<axum::body::Body>) -> Result<Response<axum::body::Body>, BoxError> {
-    let (head, mut body) = response.into_parts();
-    if body.size_hint().exact() != Some(NOT_UPGRADABLE.len() as u64) {
-        return Ok(Response::from_parts(head, body));
-    }
-    let mut text = Vec::with_capacity(NOT_UPGRADABLE.len());
-    while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
-        text.extend(frame?.into_data().unwrap_or_default());
-    }
-    if text == NOT_UPGRADABLE {
-        return Err(NoUpgrade.into());
-    }
-    Ok(Response::from_parts(head, axum::body::Body::from(text)))
 }
 
 #[cfg(feature = "axum")]

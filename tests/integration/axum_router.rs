@@ -82,10 +82,14 @@ fn post_json(client: &mut Client, json: &str) -> u16 {
 
 /// The head of a client that wants a WebSocket.
 fn ask_for_websocket(client: &mut Client, path: &str) {
-    client.send(format!(
-        "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+    client.send(websocket(path, ""));
+}
+
+fn websocket(path: &str, more: &str) -> String {
+    format!(
+        "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n{more}\
          sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    ));
+    )
 }
 
 #[test]
@@ -168,6 +172,16 @@ fn a_websocket_is_refused_with_501_before_anything_is_promised_and_the_connectio
     assert_eq!((answer.status, answer.header("upgrade")), (501, None));
     assert_eq!(client.get("/books?pages_min=0").text(), "[]");
     assert_eq!(site.stats().executors.iter().map(|executor| executor.panics_contained).sum::<u64>(), 0);
+}
+
+#[test]
+fn a_websocket_behind_layers_that_change_the_refusals_body_is_refused_with_501_all_the_same() {
+    let layered = library().layer(tower_http::compression::CompressionLayer::new());
+    let site = Site::start(local(1).serve(async move |_| Ok(ringleader::axum(layered.clone()))));
+    let mut client = site.connect();
+    client.send(websocket("/talk", "accept-encoding: gzip\r\n"));
+    let answer = client.answer();
+    assert_eq!((answer.status, answer.header("content-encoding")), (501, None));
 }
 
 #[test]
