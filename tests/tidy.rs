@@ -50,7 +50,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
     ("listen", &["root", "error", "executor", "sys", "systemd", "upgrade"]),
     ("systemd", &["sys", "upgrade"]),
-    ("upgrade", &["sys"]),
+    ("upgrade", &["panics", "sys"]),
     ("handle", &["root", "executor", "order", "shard", "supervisor"]),
     ("peers", &["executor", "panics", "protocol", "shard", "sync"]),
     ("shard", &["root", "blocking", "executor", "handle", "protocol", "shard_local", "sys", "task_queue", "time"]),

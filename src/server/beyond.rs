@@ -59,7 +59,7 @@ impl Builder {
     }
 
     /// Calls this on SIGHUP, on a thread of its own, and logs the sentences it returns: what has changed, and what cannot
-    /// without a restart.
+    /// without a restart. One that panics is logged, and called again at the next signal.
     ///
     /// ```
     /// use ringleader::Server;

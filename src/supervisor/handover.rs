@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use crate::Error;
 use crate::error::Kind;
 use crate::listen::{self, Inheritance};
 use crate::order::Promise;
+use crate::panics::caught;
 use crate::systemd::Notifier;
 use crate::upgrade::Group;
 use crate::upgrade::successor::{Heir, Launch, Successor, Taken};
@@ -345,7 +347,14 @@ impl Supervisor {
         tracing::info!("reloading");
         let post = self.shared.post.clone();
         // On a thread of its own: reading files may take long.
-        let run = move || post.send(Message::Reloaded(reload()));
+        let run = move || {
+            // Whatever becomes of it, the reload is over, and others may follow.
+            let lines = catch_unwind(AssertUnwindSafe(|| reload())).unwrap_or_else(|payload| {
+                tracing::error!("the closure of `reload_on_signal` panicked: {}", caught(payload));
+                vec!["broken off by a panic: some of it may have been done".to_owned()]
+            });
+            post.send(Message::Reloaded(lines));
+        };
         match std::thread::Builder::new().name("reload".to_owned()).spawn(run) {
             Ok(_) => self.handover.reloading.runs = true,
             Err(error) => self.reloaded(&[format!("starting a thread for the reload: {error}")]),

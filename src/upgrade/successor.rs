@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use super::message::{BYTES_MAX, Message, VERSION};
 use super::{Group, VARIABLE};
+use crate::panics::caught;
 use crate::sys::poll::wait_readable;
 use crate::sys::{child, descriptors};
 
@@ -241,7 +243,9 @@ fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Take
         return Err(why.to_owned());
     }
     let (line, theirs) = descriptors::pair().map_err(|error| format!("making the sockets to talk to it: {error}"))?;
-    let mut command = launch.command();
+    // The embedder's closure.
+    let made = catch_unwind(AssertUnwindSafe(|| launch.command()));
+    let mut command = made.map_err(|payload| format!("making its command panicked: {}", caught(payload)))?;
     let program = command.get_program().display().to_string();
     let mut child = spawn(&mut command, theirs).map_err(|error| format!("starting {program}: {error}"))?;
     // The command holds our copy of the other end: as long as it is open, nobody hears the line go dead.
@@ -428,6 +432,12 @@ mod tests {
         assert_eq!(refusal(shell("exec <&-; exec sleep 1000")), "it closed its standard input without a word");
         let missing = Launch::Custom(Arc::new(|| Command::new("/no/such/binary")));
         assert!(refusal(missing).starts_with("starting /no/such/binary: No such file"));
+    }
+
+    #[test]
+    fn a_closure_that_panics_is_told_of_at_once() {
+        let broken = Launch::Custom(Arc::new(|| panic!("no such version")));
+        assert_eq!(refusal(broken), "making its command panicked: no such version");
     }
 
     #[test]

@@ -284,6 +284,26 @@ fn signals_end_a_program_that_goes_on_after_its_server() {
 }
 
 #[test]
+fn a_reload_that_panics_is_over_and_the_next_one_is_carried_out() {
+    alone("a_reload_that_panics_is_over_and_the_next_one_is_carried_out", || {
+        // What it prints is taken for an unexpected panic.
+        panic::set_hook(Box::new(|_| ()));
+        let (calls, called) = std::sync::mpsc::channel();
+        let builder = local(1).reload_on_signal(move || {
+            calls.send(()).expect("the test waits");
+            panic!("the reload of the test's");
+        });
+        let site = Site::start(builder.serve(async |_| Ok(service_fn(echo))));
+        for _ in 0..3 {
+            // SAFETY: sends a signal to this process, which the server has a handler for.
+            assert_eq!(unsafe { libc::kill(std::process::id() as i32, libc::SIGHUP) }, 0);
+            called.recv_timeout(BOUND).expect("it is called");
+        }
+        settle(site.stop(Stop::Now)).expect("it stops");
+    });
+}
+
+#[test]
 fn the_hosts_panic_hook_is_left_alone() {
     alone("the_hosts_panic_hook_is_left_alone", || {
         let seen = Arc::new(AtomicUsize::new(0));
