@@ -489,7 +489,10 @@ impl Server {
             exit: Mutex::new(Waiting::For(Vec::new())),
         });
         let handover = builder.handover(places, std::mem::take(inheritance));
-        supervisor::start(builder.supervision(cpus.len(), &common, handover), seats, table, shared, inbox)
+        let started =
+            supervisor::start(builder.supervision(cpus.len(), &common, handover), seats, table, shared, inbox);
+        // Nobody else would.
+        started.inspect_err(|_| common.components.directory().clear())
     }
 }
 

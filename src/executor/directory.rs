@@ -36,6 +36,9 @@ pub(crate) struct TaskKey {
 pub(crate) struct Directory {
     /// Unlike that of any other in the process.
     number: u64,
+    /// A server has it, and has not ended.
+    taken: AtomicBool,
+    /// As many as its first server had slots.
     rows: OnceLock<Rows>,
     /// Chosen by chance, so that nobody can send keys that all have the same owner.
     hasher: RandomState,
@@ -81,7 +84,13 @@ static NUMBER: AtomicU64 = AtomicU64::new(0);
 impl Default for Directory {
     fn default() -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Self { number, rows: OnceLock::new(), hasher: RandomState::new(), at_work: AtomicUsize::new(0) }
+        Self {
+            number,
+            taken: AtomicBool::new(false),
+            rows: OnceLock::new(),
+            hasher: RandomState::new(),
+            at_work: AtomicUsize::new(0),
+        }
     }
 }
 
@@ -90,11 +99,23 @@ impl Directory {
         self.number
     }
 
-    /// Puts in the inbox of each slot, in order; false when that was done before.
-    pub(crate) fn fill<'a>(&self, inboxes: impl Iterator<Item = &'a Arc<Inbox>>) -> bool {
-        let inboxes: Box<[Row]> = inboxes.map(|inbox| Row(RwLock::new(Some(Arc::clone(inbox))))).collect();
-        let members = inboxes.iter().map(|_| AtomicBool::new(false)).collect();
-        self.rows.set(Rows { inboxes, members }).is_ok()
+    /// Puts in the inbox of each slot, in order. False while another server has it, or when the one before had fewer slots.
+    pub(crate) fn fill<'a>(&self, inboxes: impl ExactSizeIterator<Item = &'a Arc<Inbox>>) -> bool {
+        if self.taken.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        let count = inboxes.len();
+        let rows = self.rows.get_or_init(|| Rows {
+            inboxes: (0..count).map(|_| Row(RwLock::new(None))).collect(),
+            members: (0..count).map(|_| AtomicBool::new(false)).collect(),
+        });
+        if rows.inboxes.len() < count {
+            self.taken.store(false, Ordering::Release);
+            return false;
+        }
+        rows.members.iter().for_each(|member| member.store(false, Ordering::Release));
+        (0..).zip(inboxes).for_each(|(slot, inbox)| self.seat(slot, inbox));
+        true
     }
 
     /// Another executor, with another inbox, has taken the place of the slot's.
@@ -113,10 +134,11 @@ impl Directory {
         self.at_work.load(Ordering::Acquire) == 0
     }
 
-    /// The server has ended.
+    /// The server has ended; another may have it.
     pub(crate) fn clear(&self) {
         let count = self.rows.get().map_or(0, |rows| rows.inboxes.len());
         (0..count as u16).for_each(|slot| self.replace(slot, None));
+        self.taken.store(false, Ordering::Release);
     }
 
     fn replace(&self, slot: u16, inbox: Option<Arc<Inbox>>) {
@@ -257,5 +279,19 @@ mod tests {
         directory.clear();
         directory.wake(TaskKey { slot: 0, index: 7 });
         assert_eq!(refusal(0), Some(Refusal::Down));
+    }
+
+    #[test]
+    fn one_server_has_it_and_when_that_has_ended_another_of_its_size() {
+        let directory = directory(2);
+        directory.join(1);
+        let inboxes: Vec<_> = (0..3).map(|_| Arc::new(Inbox::new().expect("an eventfd"))).collect();
+        assert!(!directory.fill(inboxes[..2].iter()), "the first has not ended");
+        directory.clear();
+        assert!(!directory.fill(inboxes.iter()), "there is no room for a third");
+        assert!(directory.fill(inboxes[..2].iter()));
+        assert_eq!(directory.members().count(), 0, "whom it knew are gone");
+        inboxes[1].open();
+        assert!(directory.post(1, Job::Closure(Box::new(|_| {}))).is_ok());
     }
 }

@@ -75,8 +75,8 @@ impl Components {
 
     /// Lets tokens find the executors.
     pub(super) fn seat(&self, seats: &[Arc<SlotSeat>]) -> Result<(), Error> {
-        let refused = "sharded state belongs to one server: a builder with such state was copied, and both copies were \
-                       started; register it with each copy instead";
+        let refused = "sharded state belongs to one server at a time: a builder with such state was copied, and another copy \
+                       runs, or had fewer executors; register it with each copy instead";
         let filled = self.directory.fill(seats.iter().map(|seat| &seat.inbox));
         if filled { Ok(()) } else { Err(Error::new(Kind::Usage, refused)) }
     }
@@ -90,8 +90,9 @@ impl Builder {
     /// Messages of other executors are held back until all is built: a closure here that waits for an answer of another
     /// executor, whose closure waits for one of this, waits until [`Builder::start_timeout`] is over.
     ///
-    /// The token belongs to the server that is started from this builder; copies of a builder that has registered state
-    /// cannot both be started.
+    /// The token belongs to the server that is started from this builder. Of copies of a builder that has registered state
+    /// one may run at a time, and none with more executors than the first: a start that has failed can be tried again, and
+    /// one that has ended be followed by another, which builds its state anew.
     ///
     /// ```
     /// use ringleader::{Body, Request, Response, Server, Shard, service_fn};

@@ -412,3 +412,43 @@ fn the_largest_settings_that_are_taken_serve_and_stop() {
     let exit = settle(running.stop(Stop::Drain(Duration::MAX))).expect("it stops");
     assert!(exit.drained, "{exit:?}");
 }
+
+#[test]
+fn a_builder_with_sharded_state_can_be_started_again_after_a_start_that_failed_and_after_an_end() {
+    let mut builder = local(2);
+    let counter = builder.sharded("counter", async |_: Shard| Ok(std::cell::Cell::new(0_u32)));
+    let attempts = Arc::new(AtomicUsize::new(0));
+    let server = || {
+        let (counter, attempts) = (counter.clone(), Arc::clone(&attempts));
+        builder.clone().serve(async move |shard: Shard| {
+            if attempts.fetch_add(1, Ordering::Relaxed) < 2 {
+                return Err("the database is not there yet".into());
+            }
+            let counter = counter.clone();
+            Ok(service_fn(async move |_: Request| {
+                let peers = counter.peers();
+                let counted =
+                    counter.call_all(async |count: std::rc::Rc<std::cell::Cell<u32>>| count.replace(1)).await?;
+                assert!(peers.iter().any(|slot| slot == shard.id()));
+                let sum: u32 = counted.into_iter().map(|(_, count)| count.expect("it answers")).sum();
+                Ok(Response::new(Body::from(sum.to_string())))
+            }))
+        })
+    };
+    let error = settle(server().start()).expect_err("it fails");
+    assert!(error.is_start(), "{error:?}");
+    let running = loop {
+        match settle(server().start()) {
+            Ok(running) => break running,
+            Err(error) => assert!(error.is_start(), "{error:?}"),
+        }
+    };
+    let get = |running: &ringleader::Running| Client::connect(running.local_addrs()[0]).get("/").text().to_owned();
+    assert_eq!((get(&running), get(&running)), ("0".to_owned(), "2".to_owned()));
+    let error = settle(server().start()).expect_err("the other one runs");
+    assert!(error.is_usage() && error.to_string().contains("another copy"), "{error:?}");
+    settle(running.stop(Stop::Now)).expect("it stops");
+    let running = settle(server().start()).expect("it starts again");
+    assert_eq!(get(&running), "0", "its state is its own");
+    settle(running.stop(Stop::Now)).expect("it stops");
+}
