@@ -10,7 +10,7 @@ use crate::error::Kind;
 use crate::oneshot::{self, Outcome};
 
 /// The outcome of an order, once it has one. Await it on any runtime, or block on it with [`Order::wait`]; dropping it
-/// takes nothing back.
+/// takes nothing back, except that of [`Server::start`](crate::Server::start), which gives the start up.
 ///
 /// ```
 /// use ringleader::{Body, Request, Response, Server, Stop, service_fn};
@@ -32,7 +32,22 @@ use crate::oneshot::{self, Outcome};
 /// # Ok::<(), ringleader::Error>(())
 /// ```
 #[must_use = "the order is carried out all the same, but its outcome is lost"]
-pub struct Order<T>(Outcome<Result<T, Error>>);
+pub struct Order<T> {
+    outcome: Outcome<Result<T, Error>>,
+    given_up: GivenUp,
+}
+
+/// What is to happen when nobody waits for the outcome any more before it has been taken.
+#[derive(Default)]
+struct GivenUp(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        if let Some(act) = self.0.take() {
+            act();
+        }
+    }
+}
 
 /// Where the outcome is put. Dropped without one, the order fails: whoever was to carry it out is gone.
 pub(crate) type Promise<T> = oneshot::Promise<Result<T, Error>>;
@@ -44,11 +59,16 @@ fn never_carried_out<T>() -> Result<T, Error> {
 impl<T> Order<T> {
     pub(crate) fn new() -> (Promise<T>, Self) {
         let (promise, outcome) = Outcome::new();
-        (promise, Self(outcome))
+        (promise, Self { outcome, given_up: GivenUp::default() })
     }
 
     pub(crate) fn done(outcome: Result<T, Error>) -> Self {
-        Self(Outcome::ready(outcome))
+        Self { outcome: Outcome::ready(outcome), given_up: GivenUp::default() }
+    }
+
+    /// Has `act` done when this is dropped before its outcome has been taken.
+    pub(crate) fn or_when_given_up(self, act: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self { given_up: GivenUp(Some(Box::new(act))), ..self }
     }
 
     /// Blocks this thread until the outcome is there.
@@ -59,7 +79,10 @@ impl<T> Order<T> {
     /// # Panics
     /// When the outcome has been taken already, by polling.
     pub fn wait(self) -> Result<T, Error> {
-        self.0.wait().unwrap_or_else(never_carried_out)
+        let Self { outcome, mut given_up } = self;
+        let outcome = outcome.wait();
+        given_up.0 = None;
+        outcome.unwrap_or_else(never_carried_out)
     }
 }
 
@@ -69,7 +92,11 @@ impl<T> Future for Order<T> {
     /// # Panics
     /// When polled again after it was ready.
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0).poll(context).map(|outcome| outcome.unwrap_or_else(never_carried_out))
+        let polled = Pin::new(&mut self.outcome).poll(context);
+        if polled.is_ready() {
+            self.given_up.0 = None;
+        }
+        polled.map(|outcome| outcome.unwrap_or_else(never_carried_out))
     }
 }
 

@@ -414,6 +414,10 @@ impl Server {
     /// Starts the server. The order is done when every executor's first generation accepts connections, or fails with
     /// the first reason why one does not, with everything taken down again. Later failures go to the restart policy.
     ///
+    /// Unlike other orders this one is taken back by dropping it before its outcome has been taken, by a timeout, say: that
+    /// is [`Stop::Now`](crate::Stop::Now). It does not wait; the addresses are free when the executors have ended, which
+    /// those whose start-up closure blocks its thread do late.
+    ///
     /// # Errors
     /// When the configuration cannot be ([`Error::is_usage`]: the message names the setting, what was given and what may
     /// be), the system lacks something, an address cannot be listened on, or a start-up closure fails, panics or takes too

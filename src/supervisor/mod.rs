@@ -121,6 +121,9 @@ pub(crate) fn start(
     let signals = signals::watch(supervision.signals, shared.post.clone());
     let signals = signals.map_err(|error| Error::new(Kind::System, format!("watching for signals: {error}")))?;
     let (promise, order) = Order::new();
+    let post = shared.post.clone();
+    // Who waits for a start no longer is not to find it done later.
+    let order = order.or_when_given_up(move || post.send(Message::Stop(Stop::Now)));
     let seed = u64::from(std::process::id()) ^ Arc::as_ptr(&shared) as u64;
     let policy = Policy::new(supervision.policy.clone(), seats.len() as u16, seed);
     let sampling = |period| Sampling { sampler: load::Sampler::default(), period, next: later(Instant::now(), period) };

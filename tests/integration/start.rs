@@ -13,7 +13,7 @@ use ringleader::{
     RestartPolicy, Scaling, Server, Shard, StatusCode, Steering, Stop, service_fn,
 };
 
-use crate::support::{Client, Site, echo, eventually, expect_refusal, local, settle};
+use crate::support::{BOUND, Client, Site, echo, eventually, expect_refusal, local, settle};
 
 /// A builder for an address that nobody else in these tests uses, whatever the port.
 fn of_its_own(host: u8) -> (Builder, String) {
@@ -411,6 +411,30 @@ fn the_largest_settings_that_are_taken_serve_and_stop() {
     assert_eq!(Client::connect(running.local_addrs()[0]).get("/").status, 200);
     let exit = settle(running.stop(Stop::Drain(Duration::MAX))).expect("it stops");
     assert!(exit.drained, "{exit:?}");
+}
+
+#[test]
+fn a_start_that_nobody_waits_for_any_more_is_given_up() {
+    struct Tells(mpsc::Sender<()>);
+    impl Drop for Tells {
+        fn drop(&mut self) {
+            self.0.send(()).expect("the test waits");
+        }
+    }
+    let (builder, address) = of_its_own(31);
+    let (begins, begun) = mpsc::channel();
+    let (ends, ended) = mpsc::channel();
+    let server = builder.executors(1).start_timeout(Duration::from_secs(3600)).serve(async move |_| {
+        let _at_the_end = Tells(ends.clone());
+        begins.send(()).expect("the test waits");
+        std::future::pending::<()>().await;
+        Ok(service_fn(echo))
+    });
+    let starting = server.start();
+    begun.recv().expect("it starts");
+    drop(starting);
+    ended.recv_timeout(BOUND).expect("its start-up closure is dropped, and not when its time is over");
+    eventually("the address is free", || TcpListener::bind(&address).is_ok());
 }
 
 #[test]
