@@ -69,7 +69,9 @@
 //! A service is an async closure ([`service_fn`]) or a type with [`Service`]. It gets a [`Request`] whose [`Body`] arrives
 //! as it is read, with limits of size and time; it returns a [`Response`] with a [`Body`] (bytes, a file of [`Files`]) or
 //! any other `http_body::Body`, or an error: a [`Reject`] and a [`BodyError`] know their status, so that `?` is right on
-//! both, and any other is logged and answered with 500.
+//! both. What was refused for want of room is answered with 503 and `Retry-After`: a [`TaskError`] that
+//! [is overloaded](TaskError::is_overloaded), [`PeerError::Full`] and [`PeerError::Down`]. Any other is logged and answered
+//! with 500.
 //!
 //! A hyper service ([`hyper`](fn@hyper)), a tower service with its layers ([`tower`](fn@tower)) and an axum router (`axum`)
 //! can be served, too. Features, of which only `cli` is on by default:

@@ -13,7 +13,9 @@ use crate::{BoxError, Request, Response};
 ///
 /// Async closures become services through [`service_fn`], services of others through [`hyper`](fn@crate::hyper),
 /// [`tower`](fn@crate::tower) and `axum` (feature `axum`). An `Err` is logged and answered with 500, unless it is a
-/// [`Reject`] or a [`BodyError`](crate::BodyError), which carry their own status.
+/// [`Reject`] or a [`BodyError`](crate::BodyError), which carry their own status, or says that there was no room (503 with
+/// `Retry-After`): an overloaded [`TaskError`](crate::TaskError), [`PeerError::Full`](crate::PeerError::Full) or
+/// [`PeerError::Down`](crate::PeerError::Down).
 ///
 /// ```
 /// use ringleader::{Body, BoxError, Request, Response, Server, Service, Shard};
@@ -93,7 +95,7 @@ impl<F, B> fmt::Debug for ServiceFn<F, B> {
     }
 }
 
-/// An error that knows its answer; any other `Err` of a service is a 500.
+/// An error that knows its answer. One with the status 101 is answered 501, one with another of 1xx 500: they are none.
 ///
 /// ```
 /// use ringleader::{Reject, StatusCode};

@@ -201,7 +201,7 @@ impl Shard {
     /// started when they are needed, are not pinned, and end after 10 s without work. As many closures as
     /// [`Builder::blocking_queue_max`](crate::Builder::blocking_queue_max) says may wait for one; more fail at once with a
     /// [`TaskError`] that [is overloaded](TaskError::is_overloaded), and that a service may return as it is: it is answered
-    /// with 503.
+    /// with 503 and `Retry-After`.
     ///
     /// What the closure starts, threads and processes, may run on every CPU that the server's process may, and does not
     /// inherit what an executor's thread has of its own. An executor's thread is pinned, and so is what is started on it.

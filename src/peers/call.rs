@@ -20,7 +20,8 @@ use crate::sync::{Mutex, MutexGuard};
 /// ```
 /// use ringleader::{PeerError, Reject, StatusCode};
 ///
-/// /// What a request is answered that needed another executor.
+/// /// What a request is answered that needed another executor. Returned as it is (`?`), the error is 503 with
+/// /// `Retry-After` for those two, and 500 for others.
 /// fn answer(error: PeerError) -> Reject {
 ///     let status = match error {
 ///         PeerError::Full | PeerError::Down => StatusCode::SERVICE_UNAVAILABLE, // nothing has been done: try again

@@ -18,7 +18,7 @@ use crate::body::BodyError;
 use crate::executor::core::{Core, Scene};
 use crate::panics::{Panic, caught};
 use crate::service::{NoUpgrade, Reject};
-use crate::{BoxError, Response, TaskError};
+use crate::{BoxError, PeerError, Response, TaskError};
 
 pin_project! {
     /// Polls and drops a service's future with panics caught: `Err` is the panic.
@@ -307,14 +307,20 @@ fn close_after<B>(response: &mut Response<B>) {
 }
 
 fn refuse<B: HttpBody>(error: BoxError, in_flight: InFlight) -> Response<AnswerBody<B>> {
-    if let Some(reject) = error.downcast_ref::<Reject>() {
+    // Such a status is no answer; hyper would send 101, and break the connection off for the others.
+    let reject = error.downcast_ref::<Reject>();
+    if reject.is_some_and(|reject| reject.status() == StatusCode::SWITCHING_PROTOCOLS) {
+        return refuse(NoUpgrade.into(), in_flight);
+    }
+    if let Some(reject) = reject.filter(|reject| !reject.status().is_informational()) {
         return text(reject.status(), Some(reject.to_string()), in_flight);
     }
     if let Some(body) = error.downcast_ref::<BodyError>() {
         return closing_text(body.status(), Some(body.to_string()), in_flight);
     }
-    if error.downcast_ref::<TaskError>().is_some_and(TaskError::is_overloaded) {
-        return text(StatusCode::SERVICE_UNAVAILABLE, None, in_flight);
+    let nothing_was_sent = matches!(error.downcast_ref(), Some(PeerError::Full | PeerError::Down));
+    if nothing_was_sent || error.downcast_ref::<TaskError>().is_some_and(TaskError::is_overloaded) {
+        return try_again(in_flight);
     }
     if error.is::<NoUpgrade>() {
         in_flight.core.log_refusal("answered 501", &error);
@@ -337,14 +343,19 @@ fn closing_text<B: HttpBody>(status: StatusCode, why: Option<String>, in_flight:
 fn overloaded<B: HttpBody>(body_to_come: bool, in_flight: InFlight) -> Response<AnswerBody<B>> {
     let core = Rc::clone(&in_flight.core);
     core.cells.overloaded.add(1);
-    let status = StatusCode::SERVICE_UNAVAILABLE;
-    let mut response = text(status, None, in_flight);
-    let wait = core.settings.overload.retry_after;
-    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    let mut response = try_again(in_flight);
     if body_to_come || core.draining().is_some() {
         close_after(&mut response);
     }
+    response
+}
+
+/// 503, with the time after which it may be otherwise.
+fn try_again<B: HttpBody>(in_flight: InFlight) -> Response<AnswerBody<B>> {
+    let wait = in_flight.core.settings.overload.retry_after;
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    let mut response = text(StatusCode::SERVICE_UNAVAILABLE, None, in_flight);
+    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     response
 }
 

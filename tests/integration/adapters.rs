@@ -148,6 +148,12 @@ fn an_error_of_readiness_is_answered_as_one_of_the_call() {
 #[test]
 fn an_answer_that_switches_protocols_is_refused_and_the_connection_goes_on() {
     let site = Site::serving(async |request: Request| {
+        if request.uri().path() == "/reject" {
+            return Err(Reject::new(StatusCode::SWITCHING_PROTOCOLS, "not so").into());
+        }
+        if request.uri().path() == "/hints" {
+            return Err(Reject::new(StatusCode::from_u16(103)?, "nor so").into());
+        }
         let status = if request.uri().path() == "/" { 200 } else { 101 };
         let status = StatusCode::from_u16(status)?;
         Ok(http::Response::builder().status(status).header("upgrade", "test").body(Body::empty())?)
@@ -157,6 +163,8 @@ fn an_answer_that_switches_protocols_is_refused_and_the_connection_goes_on() {
     let answer = client.answer();
     assert_eq!((answer.status, answer.header("upgrade")), (501, None));
     assert_eq!(client.get("/up").status, 501);
+    assert_eq!(client.get("/reject").status, 501);
+    assert_eq!(client.get("/hints").status, 500);
     assert_eq!(client.get("/").status, 200);
 }
 

@@ -100,7 +100,11 @@ fn when_no_thread_and_no_place_is_free_the_answer_is_503_at_once() {
     let (tell, answers) = channel();
     for mut client in [site.connect(), site.connect()] {
         let tell = tell.clone();
-        std::thread::spawn(move || tell.send(client.get("/block").status));
+        std::thread::spawn(move || {
+            let answer = client.get("/block");
+            assert_eq!(answer.header("retry-after"), (answer.status == 503).then_some("1"));
+            tell.send(answer.status)
+        });
     }
     assert_eq!(answers.recv_timeout(BOUND), Ok(503));
     drop(open);

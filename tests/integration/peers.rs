@@ -213,6 +213,19 @@ fn a_token_of_a_server_that_has_not_begun_or_has_ended_is_down() {
 }
 
 #[test]
+fn a_request_whose_message_was_not_sent_is_answered_503_with_a_time_to_try_again() {
+    let nobodys = local(1).sharded("state", async |_: ringleader::Shard| Ok(()));
+    let site = Site::serving(async move |_: Request| {
+        nobodys.call(nobodys.peers().owner_of("anything"), async |_| ()).await?;
+        Ok(Response::new(Body::empty()))
+    });
+    let mut client = site.connect();
+    let answer = client.get("/");
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+    assert_eq!(client.get("/").status, 503, "the connection goes on");
+}
+
+#[test]
 fn a_call_that_its_executor_does_not_live_to_answer_is_lost() {
     let (_site, state) = site(local(2));
     let slot = slots(&state.peers())[1];
