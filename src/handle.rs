@@ -278,6 +278,11 @@ impl Shared {
         }
     }
 
+    /// Whether it is known how the server ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(*self.exit.lock().unwrap_or_else(PoisonError::into_inner), Waiting::Ended(_))
+    }
+
     fn exit(&self) -> Order<Exit> {
         let mut waiting = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *waiting {

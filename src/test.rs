@@ -153,8 +153,8 @@ impl App {
     /// # Errors
     /// What the service returned, as it is: `downcast_ref` finds a [`Reject`](crate::Reject) or a
     /// [`BodyError`](crate::BodyError), for which a server would have sent an answer. A
-    /// [`TaskError`](crate::TaskError) when it panicked. Another one when its executor failed meanwhile, or did not answer
-    /// within [`LIMIT`].
+    /// [`TaskError`](crate::TaskError) when it panicked. Another one when its executor failed meanwhile, at once when the
+    /// server has ended or the slot is quarantined, or when there was no answer within [`LIMIT`].
     pub fn call(&self, request: Request) -> Result<Response<Bytes>, BoxError> {
         self.call_on(0, request)
     }
@@ -170,12 +170,33 @@ impl App {
         }
         let (reply, answer) = mpsc::channel();
         self.lanes.put(slot, Call { request, reply });
-        answer.recv_timeout(LIMIT).unwrap_or_else(|error| match error {
-            RecvTimeoutError::Timeout => Err(format!("slot {slot} has not answered within {LIMIT:?}").into()),
-            RecvTimeoutError::Disconnected => {
-                Err(format!("the executor of slot {slot} ended before it had answered").into())
+        let give_up = Instant::now() + LIMIT;
+        loop {
+            // First, so that the look at the answer which follows is the last.
+            let nobody = self.nobody_on(slot);
+            match answer.recv_timeout(LOOK) {
+                Ok(answered) => return answered,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(format!("the executor of slot {slot} ended before it had answered").into());
+                }
+                Err(RecvTimeoutError::Timeout) => {}
             }
-        })
+            if let Some(why) = nobody {
+                return Err(format!("slot {slot} does not answer: {why}").into());
+            }
+            if Instant::now() >= give_up {
+                return Err(format!("slot {slot} has not answered within {LIMIT:?}").into());
+            }
+        }
+    }
+
+    /// Why no executor will ever take a call on this slot.
+    fn nobody_on(&self, slot: usize) -> Option<&'static str> {
+        if self.running.0.has_ended() {
+            return Some("the server has ended");
+        }
+        let quarantined = self.stats().executors[slot].state == crate::ExecutorState::Quarantined;
+        quarantined.then_some("its executor failed too often, and is not started again")
     }
 
     /// Calls the service with a GET of this path and no body.

@@ -134,3 +134,17 @@ fn a_fault_where_nobody_is_is_refused() {
     let idle = idle(&wait_until(&site, |stats| idle(stats).is_some())).expect("it has been waited for");
     assert!(settle(provoke(&site, idle, Provocation::Panic)).is_err_and(|error| error.is_refused()));
 }
+
+#[test]
+fn a_call_that_nobody_will_ever_take_is_an_error_that_says_so() {
+    let mut restart = ringleader::RestartPolicy::default();
+    restart.quarantine_after = 1;
+    let app = App::with(Server::builder().executors(2).restart(restart), start_up).expect("it starts");
+    settle(provoke(&app, 1, Provocation::Restart)).expect("it serves");
+    wait_until(&app, |stats| stats.executors[1].state == ExecutorState::Quarantined);
+    let error = app.call_on(1, Request::new(Body::empty())).expect_err("nobody is there").to_string();
+    assert!(error.contains("slot 1 does not answer: its executor failed too often"), "{error}");
+    settle(app.stop(ringleader::Stop::Now)).expect("it stops");
+    let error = app.get("/").expect_err("nobody is there").to_string();
+    assert!(error.contains("slot 0 does not answer: the server has ended"), "{error}");
+}
