@@ -86,7 +86,8 @@ impl Error {
         self.0.kind == Kind::Stopped
     }
 
-    /// An order to a running server was not followed, for the reason the message gives; the server goes on as before.
+    /// An order to a server was not followed, for the reason the message gives: it goes on as before, or it had ended
+    /// already.
     #[must_use]
     pub fn is_refused(&self) -> bool {
         self.0.kind == Kind::Refused

@@ -506,7 +506,9 @@ impl Running {
         self.handle.clone()
     }
 
-    /// Waits for the server's end, which somebody else orders: a handle, or a signal.
+    /// Waits for the server's end, which somebody else orders: a handle, or a signal. From here on nothing stops the server
+    /// by being dropped: one whose `join` is given up (by a `select!`, a timeout) runs on, so keep a handle, or a signal,
+    /// to end it.
     pub fn join(mut self) -> Order<Exit> {
         self.joined = true;
         self.handle.0.exit()

@@ -277,15 +277,16 @@ impl Builder {
         self
     }
 
-    /// How many executors. Default: one for each CPU this process may run on, no more than its cgroup's quota pays for.
+    /// How many executors. Default: one for each CPU that the thread which starts the server may run on (its affinity, which
+    /// is the process's unless somebody has pinned it), no more than the cgroup's quota pays for.
     /// More than there are CPUs is allowed; they share.
     pub fn executors(mut self, count: impl Into<Executors>) -> Self {
         self.executors = Some(count.into());
         self
     }
 
-    /// The CPUs to pin executors to, in order, from the start again when there are more executors. Default: all that
-    /// this process may run on.
+    /// The CPUs to pin executors to, in order, from the start again when there are more executors. Default, and the most:
+    /// all that the thread which starts the server may run on.
     pub fn cpus(mut self, cpus: impl Into<Vec<usize>>) -> Self {
         self.cpus = Some(cpus.into());
         self
@@ -513,7 +514,7 @@ impl Builder {
         let cpus = self.cpus.clone().unwrap_or_else(|| available.allowed.clone());
         if let Some(cpu) = cpus.iter().find(|cpu| !available.allowed.contains(cpu)) {
             let message = format!(
-                "cannot pin an executor to CPU {cpu}: this process may run on {:?} only (affinity, cpuset); choose from \
+                "cannot pin an executor to CPU {cpu}: this thread may run on {:?} only (affinity, cpuset); choose from \
                  those, or start it with a wider taskset or AllowedCPUs=",
                 available.allowed
             );

@@ -270,7 +270,8 @@ impl fmt::Display for BindError {
                     Some(holder) if holder.pid == std::process::id() => {
                         return f.write_str(
                             "this process itself: two of the addresses that were given overlap (0.0.0.0 is every address of \
-                             IPv4), or another server of this process has it; give each address once",
+                             IPv4), or another server of this process has it, one that is ending perhaps; give each address \
+                             once, and wait for the end of a server (`join`, `stop`) before the next one is started",
                         );
                     }
                     Some(holder) => write!(f, "{holder}")?,
