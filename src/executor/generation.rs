@@ -510,7 +510,7 @@ impl Generation {
             }
             let alone = !self.waits_for_others || self.core.directory.is_quiet();
             if (finished && alone) || self.core.now() >= deadline {
-                self.ended = Some(Ended::Drained { in_time: self.cuts_off_nobody() });
+                self.ended = Some(Ended::Drained { in_time: finished || self.cuts_off_nobody() });
             }
         } else if let (Some(Ended::Stopped), true) =
             (&self.ended, finished || (self.core.draining().is_some() && self.cuts_off_nobody()))
