@@ -306,7 +306,7 @@ fn a_time_beyond_all_reason_is_no_limit() {
     (limits.body_timeout, limits.hibernate_after) = (Some(NEVER), Some(NEVER));
     limits.send_timeout = Some(NEVER);
     let (mut overload, mut scaling, mut restart) = (Overload::default(), Scaling::default(), RestartPolicy::default());
-    (overload.delay_max, overload.retry_after) = (Some(NEVER), NEVER);
+    overload.delay_max = Some(NEVER);
     scaling.period = NEVER;
     (restart.backoff_base, restart.backoff_max) = (NEVER, NEVER);
     (restart.healthy_after, restart.quarantine_window) = (NEVER, NEVER);

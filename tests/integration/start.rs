@@ -187,7 +187,6 @@ fn a_setting_that_cannot_work_is_a_usage_error_that_names_it() {
         (http(|limits| limits.header_bytes_max = usize::MAX), "`HttpLimits::header_bytes_max`", "18446744073709551615"),
         (overload(|limits| limits.retry_after = Duration::MAX), "`Overload::retry_after`", "a day"),
         (local(1).blocking_threads_max(usize::MAX), "`blocking_threads_max`", "18446744073709551615"),
-        (local(1).stall_limit(Duration::MAX), "`stall_limit`", "a day"),
         (overload(|limits| limits.in_flight_max = Some(0)), "`Overload::in_flight_max`", "0"),
         (overload(|limits| limits.delay_max = Some(NO_TIME)), "`Overload::delay_max`", "0ns"),
         (local(1).restart(restart), "`RestartPolicy::quarantine_window`", "0ns"),
@@ -385,7 +384,7 @@ fn the_largest_settings_that_are_taken_serve_and_stop() {
         .drain_timeout(Duration::MAX)
         .start_timeout(Duration::MAX)
         .upgrade_timeout(Duration::MAX)
-        .stall_limit(Duration::from_secs(86_400))
+        .stall_limit(Duration::MAX)
         .hang(HangPolicy::Replace, EVER)
         .blocking_threads_max(32_768)
         .blocking_queue_max(usize::MAX)
