@@ -1,9 +1,10 @@
 //! One generation: from the start-up closure to teardown. Its main loop runs turns of its own inside glommio's
 //! executor and hands over to glommio by the clock, or when there is nothing else to do.
 //!
-//! A turn: take in completions, look into the inbox, fire timers, accept, poll what is ready, for a millisecond or so: what
-//! is left then is polled in the turns that follow, which make one round. When nothing is ready the executor sleeps, on one of two levels: in its own ring while there was traffic a moment ago (one system call, no
-//! timer of its own), through glommio when it is idle or waits for glommio's files.
+//! A turn: take in completions, look into the inbox, fire timers, accept, poll what is ready, for a millisecond or so; what
+//! is left then is polled in the turns that follow, which make one round. When nothing is ready the executor sleeps, on one
+//! of two levels: in its own ring while there was traffic a moment ago (one system call, no timer of its own), through
+//! glommio when it is idle or waits for glommio's files.
 
 use std::cell::RefCell;
 use std::io;
