@@ -107,7 +107,10 @@ impl<S> fmt::Debug for Tower<S> {
 
 /// An axum router as a [`Service`]. Made by [`axum`](fn@axum).
 #[cfg(feature = "axum")]
-pub struct Axum(Tower<axum::Router>);
+pub struct Axum {
+    router: Tower<axum::Router>,
+    connect_info: bool,
+}
 
 /// Makes a service of an axum router, as it is, with its layers. Its handlers and its state stay `Send`, as axum wants
 /// them. Needs the feature `axum`.
@@ -116,9 +119,8 @@ pub struct Axum(Tower<axum::Router>);
 /// - `WebSocketUpgrade`, which needs hyper to part with the connection: answered 501, with the reason in the log.
 /// - A tokio runtime: what calls tokio (server-sent events with keep-alive, timeouts of tower-http, database drivers) needs
 ///   `Builder::tokio`, feature `tokio`.
-///
-/// `ConnectInfo<SocketAddr>` says who is at the other end; the request's extensions have a [`Connection`](crate::Connection),
-/// too, which also knows the listener: `Extension<ringleader::Connection>`.
+/// - `ConnectInfo`, unless it is asked for: [`Axum::connect_info`], as axum has it with
+///   `into_make_service_with_connect_info`.
 ///
 /// What this server bounds and axum's own does not ([`HttpLimits`](crate::HttpLimits)) comes first. A body of more than 1 MiB
 /// does not get as far as axum's limit of 2 MB: one that announces its length is answered 413, one that does not fails in
@@ -135,7 +137,29 @@ pub struct Axum(Tower<axum::Router>);
 /// ```
 #[cfg(feature = "axum")]
 pub fn axum(router: axum::Router) -> Axum {
-    Axum(Tower(router))
+    Axum { router: Tower(router), connect_info: false }
+}
+
+#[cfg(feature = "axum")]
+impl Axum {
+    /// Lets handlers know who is at the other end: `ConnectInfo<SocketAddr>`; and `Extension<ringleader::Connection>`, which
+    /// also knows the listener. Without it an extractor of either answers 500. It costs a request some 3 %.
+    ///
+    /// ```
+    /// use axum::{Router, extract::ConnectInfo, routing::get};
+    /// use ringleader::Server;
+    /// use std::net::SocketAddr;
+    ///
+    /// let router = Router::new().route("/", get(async |ConnectInfo(peer): ConnectInfo<SocketAddr>| peer.to_string()));
+    /// let server = Server::builder()
+    ///     .listen("127.0.0.1:0")
+    ///     .serve(async move |_| Ok(ringleader::axum(router.clone()).connect_info()));
+    /// # drop(server);
+    /// ```
+    #[must_use]
+    pub fn connect_info(self) -> Self {
+        Self { connect_info: true, ..self }
+    }
 }
 
 #[cfg(feature = "axum")]
@@ -144,7 +168,9 @@ impl Service for Axum {
     type Body = axum::body::Body;
 
     async fn call(&self, mut request: Request) -> Result<Response<Self::Body>, BoxError> {
-        if let Some(connection) = request.body().connection().cloned() {
+        if self.connect_info
+            && let Some(connection) = request.body().connection().cloned()
+        {
             if let Some(peer) = connection.peer_addr() {
                 request.extensions_mut().insert(ConnectInfo(peer));
             }
@@ -155,7 +181,7 @@ impl Service for Axum {
         let can_upgrade = request.extensions_mut().remove::<hyper::upgrade::OnUpgrade>().is_some();
         let asks_for = request.headers().get(header::UPGRADE);
         let is_websocket = can_upgrade && asks_for.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
-        let response = self.0.call(request).await?;
+        let response = self.router.call(request).await?;
         // Its answer names no protocol, as any other 426 has to (RFC 9110, 15.5.22). The body may be a layer's by now.
         let refused =
             response.status() == StatusCode::UPGRADE_REQUIRED && !response.headers().contains_key(header::UPGRADE);

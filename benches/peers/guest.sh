@@ -3,25 +3,28 @@
 # in an emulated machine whose clock advances a nanosecond with each instruction, so that a process's CPU time is its
 # number of instructions. README.md, "Emulated machine", says what differs from a real one.
 #
-#   guest.sh [-r ROUNDS] [-s SECONDS] [-p batch|other] [SERVER:LOAD ...]
+#   guest.sh [-r ROUNDS] [-s SECONDS] [-p batch|other] [-k VMLINUZ] [SERVER:LOAD ...]
 #
 # SERVER is one of server_command() below, LOAD a number of connections, with `p` for 16 requests pipelined, with `c` for a
-# connection per request. Debian, x86-64; as root it installs what is missing. The kernel is unpacked, not installed.
+# connection per request. Debian, x86-64; as root it installs what is missing. Without -k the kernel is Debian's, unpacked
+# and not installed.
 set -eu
 
 usage() {
-    sed -n '6,9s/^# *//p' "$0" >&2
+    sed -n '6,10s/^# *//p' "$0" >&2
     exit 2
 }
 
 rounds=3
 seconds=1
 policy='batch'
-while getopts r:s:p: flag; do
+kernel=''
+while getopts r:s:p:k: flag; do
     case $flag in
     r) rounds=$OPTARG ;;
     s) seconds=$OPTARG ;;
     p) policy=$OPTARG ;;
+    k) kernel=$OPTARG ;;
     *) usage ;;
     esac
 done
@@ -42,12 +45,12 @@ for tool in $qemu busybox cpio wrk; do
 done
 
 mkdir -p "$kept"
-if [ -z "$(find "$kept" -name 'vmlinuz-*')" ]; then
+if [ -z "$kernel$(find "$kept" -name 'vmlinuz-*')" ]; then
     # The package that the newest kernel for virtual machines is in.
     package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9]\S*\)/\1/p' | head -n 1)
     (cd "$kept" && apt-get download "$package" && dpkg-deb -x "$package"_*.deb .)
 fi
-kernel=$(find "$kept" -name 'vmlinuz-*' | sort | tail -n 1)
+[ -n "$kernel" ] || kernel=$(find "$kept" -name 'vmlinuz-*' | sort -V | tail -n 1)
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT

@@ -2,7 +2,7 @@
 //!
 //! `app.rs` is one as it is written for axum's own server: JSON, extractors of its own, middleware, layers of tower-http,
 //! streams, timers, tasks, a pool of connections. All that is different is in `main`, which was
-//! `axum::serve(listener, app::router(..))`. The application's tasks run on tokio's threads, its handlers on the executors.
+//! `axum::serve(listener, app::router(..).into_make_service_with_connect_info::<SocketAddr>())`. The application's tasks run on tokio's threads, its handlers on the executors.
 //! `/here` is a route that knows of executors: each has a count of its own, in a `Cell`, behind a handle that is `Send`.
 //!
 //! ```sh
@@ -47,7 +47,7 @@ fn main() -> Result<(), BoxError> {
     let server = server.serve(async move |shard: Shard| {
         let state = shard.local(Here { shard: shard.clone(), asked: Cell::new(0) });
         let own = Router::new().route("/here", get(here)).with_state(state);
-        Ok(ringleader::axum(router.clone().merge(own)))
+        Ok(ringleader::axum(router.clone().merge(own)).connect_info())
     });
     server.run()?;
     Ok(())

@@ -43,7 +43,9 @@ impl Twins {
         let stopped = runtime.spawn(serve.into_future());
         let ours = router();
         let site = Site::start(
-            local(2).tokio(runtime.handle().clone()).serve(async move |_| Ok(ringleader::axum(ours.clone()))),
+            local(2)
+                .tokio(runtime.handle().clone())
+                .serve(async move |_| Ok(ringleader::axum(ours.clone()).connect_info())),
         );
         Self { addresses: [theirs, site.address()], site, stop, stopped, runtime }
     }

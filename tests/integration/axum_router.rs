@@ -117,7 +117,7 @@ fn handlers_know_their_connection() {
         format!("{peer} at {}", connection.listener())
     };
     let router = Router::new().route("/", get(told));
-    let site = Site::start(local(1).serve(async move |_| Ok(ringleader::axum(router.clone()))));
+    let site = Site::start(local(1).serve(async move |_| Ok(ringleader::axum(router.clone()).connect_info())));
     let mut client = site.connect();
     let address = client.sender().local_addr().expect("it is connected");
     assert_eq!(client.get("/").text(), format!("{address} at {}", site.address()));
