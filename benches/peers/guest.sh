@@ -5,9 +5,9 @@
 #
 #   guest.sh [-r ROUNDS] [-s SECONDS] [-p batch|other] [-k VMLINUZ] [SERVER:LOAD ...]
 #
-# SERVER is one of server_command() below, LOAD a number of connections, with `p` for 16 requests pipelined, with `c` for a
-# connection per request. Debian, x86-64; as root it installs what is missing. Without -k the kernel is Debian's, unpacked
-# and not installed.
+# SERVER is one of server_command() below (`ringleader@64` has 64 executors), LOAD a number of connections, with `p` for 16
+# requests pipelined, with `c` for a connection per request. Debian, x86-64; as root it installs what is missing. Without -k
+# the kernel is Debian's, unpacked and not installed.
 set -eu
 
 usage() {
@@ -91,6 +91,7 @@ server_command() {
     at="--listen 127.0.0.1:$port --cpus 0"
     case $1 in
     ringleader) echo "ringleader serve $at --executors 1 --log warn" ;;
+    ringleader@*) echo "ringleader serve $at --executors ${1#ringleader@} --log warn" ;;
     tokio) echo "peer-tokio $at --executors 1" ;;
     bare) echo "peer-bare-ring $at --executors 1" ;;
     glommio) echo "peer-glommio $at --executors 1" ;;
