@@ -13,7 +13,10 @@ const MIB: u64 = 1024 * 1024;
 
 #[test]
 fn restarts_leave_nothing_behind() {
-    let server = spawn(&[], &["--executors", "2", "--chaos", "--quarantine-after", "0", "--restart-delay", "0"]);
+    // The names of a backtrace take a hundred megabytes of debug information, whenever they are looked up.
+    let no_backtraces = ["env", "RUST_BACKTRACE=0"];
+    let flags = ["--executors", "2", "--chaos", "--quarantine-after", "0", "--restart-delay", "0"];
+    let server = spawn(&no_backtraces, &flags);
     let fresh = server.descriptors();
     let mut bystanders: Vec<Client> = Vec::new();
     let mut escapes = |count: usize| {
@@ -113,6 +116,14 @@ fn orders_leave_nothing_behind(thread_keep_alive: Duration) {
     let serving = || site.stats().executors.iter().filter(|slot| slot.state == ExecutorState::Serving).count();
     let idle = || site.stats().executors.iter().filter(|slot| slot.state == ExecutorState::Idle).count();
     let fresh = own_descriptors();
+    let in_excess = |kind: &str| {
+        let now = own_descriptors().get(kind).copied().unwrap_or(0);
+        now.saturating_sub(fresh.get(kind).copied().unwrap_or(0))
+    };
+    // A thread that is still on its way out when the next executor is ordered cannot serve that: one more is made, with
+    // three rings and an eventfd of glommio's. There may be two for each slot in the end, and never more.
+    let more_executors = || in_excess("io_uring").div_ceil(3);
+    let leaked = || site.stats().descriptors_leaked as usize;
     let orders = |rounds: usize| {
         for _ in 0..rounds {
             settle(site.scale(1)).expect("there are three slots");
@@ -122,23 +133,20 @@ fn orders_leave_nothing_behind(thread_keep_alive: Duration) {
             eventually("all serve", || serving() == 3);
         }
         // The last client's socket, and the threads of the last orders, may go a moment later.
-        let kept = |leaked: usize| {
-            let mut descriptors = own_descriptors();
-            *descriptors.get_mut("eventfd").expect("there are some") -= leaked;
-            descriptors
-        };
-        let leaked = || site.stats().descriptors_leaked as usize;
-        let more = |(kind, count): (&String, &usize)| *count > fresh.get(kind).copied().unwrap_or(0);
-        eventually("descriptors are no more than those of a fresh server", || !kept(leaked()).iter().any(more));
-        (leaked(), heap::in_use())
+        eventually("there are no more than two executors for each slot", || more_executors() <= 3);
+        eventually("no descriptor but theirs is left", || {
+            let kinds = own_descriptors();
+            let others = kinds.keys().filter(|kind| !["io_uring", "eventfd"].contains(&kind.as_str()));
+            in_excess("eventfd") <= leaked() + more_executors()
+                && others.map(|kind| in_excess(kind)).sum::<usize>() == 0
+        });
+        (leaked(), more_executors(), heap::in_use())
     };
-    let (leaked, heap) = orders(10);
-    let expected = threads().len();
-    let (leaked_later, heap_later) = orders(50);
-    println!("heap {heap} to {heap_later} bytes, descriptors left behind {leaked} to {leaked_later}");
-    eventually("there are as many threads as before", || threads().len() <= expected);
-    let leaks = 4 * 1024 * (leaked_later - leaked);
-    assert!(heap_later < heap + leaks + 64 * 1024, "{heap} bytes in use have become {heap_later}");
+    let (before, more, heap) = orders(10);
+    let (later, more_later, heap_later) = orders(50);
+    println!("heap {heap} to {heap_later} bytes, descriptors left behind {before} to {later}");
+    let allowed = 4 * 1024 * (later - before) + 256 * 1024 * more_later.saturating_sub(more);
+    assert!(heap_later < heap + allowed + 64 * 1024, "{heap} bytes in use have become {heap_later}");
 }
 
 #[test]
