@@ -217,6 +217,9 @@ fn a_thread_that_comes_back_in_the_middle_of_a_turn_accepts_nothing() {
             }))
         }))
     };
+    // It has looked into its queue for the first time: from here on it accepts when it is told that there is somebody.
+    let mut before = site.connect();
+    (0..2).for_each(|_| assert_eq!(who(&mut before), (0, 1)));
     let slot = state.peers().iter().next().expect("there is one");
     let (address, again, blocks) = (site.address(), state.clone(), message.clone());
     let (tell, waiting) = mpsc::channel();
