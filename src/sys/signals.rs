@@ -148,10 +148,10 @@ fn wait_while(bell: u32) {
 fn hold(signal: c_int) -> io::Result<()> {
     let held = &mut lock()[signal as usize];
     // What others have done to it in the meantime nobody has told us.
-    let over_ours = action(signal)?.sa_sigaction;
-    if over_ours == libc::SIG_DFL || over_ours == libc::SIG_IGN {
+    let now = action(signal)?;
+    if now.sa_sigaction == libc::SIG_DFL || now.sa_sigaction == libc::SIG_IGN {
         held.saved = None;
-    } else if held.saved.is_some() && over_ours != address() {
+    } else if held.saved.is_some() && now.sa_sigaction != address() {
         tracing::warn!(
             signal,
             "this program has installed a handler of its own over the server's: the signal is heard only if that handler \
@@ -160,7 +160,6 @@ fn hold(signal: c_int) -> io::Result<()> {
     }
     if held.saved.is_none() {
         // Before it can be asked for; and again, should it have changed in between.
-        let now = action(signal)?;
         BEFORE[signal as usize].store(now.sa_sigaction, Ordering::SeqCst);
         let mut ours = now;
         ours.sa_sigaction = address();

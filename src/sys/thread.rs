@@ -1,4 +1,5 @@
 //! Threads: what they are called, and that they are joined without waiting for them.
+
 use std::ffi::CString;
 use std::fmt;
 use std::os::unix::thread::JoinHandleExt;
