@@ -258,6 +258,9 @@ pub(crate) fn spawn(seat: Arc<SlotSeat>, thread: u32) -> std::io::Result<Employm
         panics::mark_thread();
         let mut guard = ThreadGuard { seat: Arc::clone(&seat), thread, failure: None };
         seat.occupy(Occupant::current());
+        // Busy until `outer` is reached, so that the watchdog sees a first run that glommio loses: sampled for the log, the
+        // thread gets a signal, which ends that sleep.
+        seat.heartbeat.busy(Instant::now());
         executor.and_then(|executor| execute(&seat, executor)).unwrap_or_else(|failure| {
             guard.failure = Some(failure);
             Condition::Spent
@@ -351,6 +354,7 @@ fn take_down<F>(outer: F) {
 }
 
 async fn outer(seat: &SlotSeat) -> Result<(), Failure> {
+    seat.heartbeat.asleep();
     let mut park = Park::new(seat.inbox.as_fd())
         .map_err(|error| Failure::of_setup("making the eventfds and timers of an executor", &error))?;
     loop {

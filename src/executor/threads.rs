@@ -26,7 +26,7 @@ use crate::sys::{affinity, limits, memory};
 
 /// glommio keeps this much memory registered for direct I/O, which we do not use; it is the least it takes.
 const GLOMMIO_IO_MEMORY_BYTES: usize = 64 * 1024;
-/// Entries of each of glommio's three rings; they carry file reads, three eventfds and two alarms here.
+/// Entries of each of glommio's three rings; they carry file reads, three eventfds and six alarms here.
 const GLOMMIO_RING_DEPTH: usize = 64;
 /// Large on purpose: with a short one glommio 0.9 can park with runnable work (see ARCHITECTURE.md, "Parking").
 const GLOMMIO_PREEMPT: Duration = Duration::from_millis(100);

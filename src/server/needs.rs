@@ -15,7 +15,7 @@ use crate::sys::{limits, procfs};
 /// Descriptors kept for everything that is not a connection: files, logs, the embedder's own.
 const DESCRIPTORS_RESERVED: u64 = 64;
 /// Descriptors of one executor besides its connections: glommio's rings and eventfds, ours, the reserve.
-const DESCRIPTORS_PER_EXECUTOR: u64 = 16;
+const DESCRIPTORS_PER_EXECUTOR: u64 = 20;
 /// With less room than this per executor a server is not worth starting.
 const CONNECTIONS_MIN: u64 = 16;
 

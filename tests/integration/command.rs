@@ -108,8 +108,8 @@ fn an_address_of_another_machine_is_explained() {
 
 #[test]
 fn too_few_descriptors_are_explained() {
-    // 64, and for each executor 16, one for its listener, and 16 for connections.
-    let words = &["40 open files", "130 at least", "ulimit -n", "LimitNOFILE"];
+    // 64, and for each executor 20, one for its listener, and 16 for connections.
+    let words = &["40 open files", "138 at least", "ulimit -n", "LimitNOFILE"];
     run(&["prlimit", "--nofile=40:40"], &["serve", "--listen", "127.0.0.1:0", "--executors", "2"]).expect(1, words);
 }
 
