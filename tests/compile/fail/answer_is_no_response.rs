@@ -8,3 +8,5 @@ use ringleader::{Request, Server, Shard, service_fn};
 pub fn program() -> Server {
     Server::builder().serve(async |_: Shard| Ok(service_fn(async |_: Request| Ok("hello"))))
 }
+
+fn main() {}

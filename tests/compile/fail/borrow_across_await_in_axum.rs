@@ -22,3 +22,5 @@ async fn answer(State(application): State<ShardLocal<Application>>) -> String {
 pub fn program(application: ShardLocal<Application>) -> ringleader::Axum {
     ringleader::axum(Router::new().route("/", get(answer)).with_state(application))
 }
+
+fn main() {}

@@ -12,3 +12,5 @@ pub fn program() -> Server {
         Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
     })
 }
+
+fn main() {}

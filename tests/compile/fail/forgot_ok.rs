@@ -8,3 +8,5 @@ use ringleader::{Body, Request, Response, Server, Shard, service_fn};
 pub fn program() -> Server {
     Server::builder().serve(async |_: Shard| service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
 }
+
+fn main() {}

@@ -14,3 +14,5 @@ fn rest(shard: &Shard) -> impl Future<Output = ()> {
 pub fn program(shard: &Shard) -> Task<()> {
     shard.spawn(rest(shard))
 }
+
+fn main() {}

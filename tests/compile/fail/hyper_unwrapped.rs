@@ -11,3 +11,5 @@ pub fn program() -> Server {
         Ok(hyper::service::service_fn(async |_: Request| Ok::<_, Infallible>(Response::new(Body::empty()))))
     })
 }
+
+fn main() {}

@@ -12,3 +12,5 @@ pub struct State(Cell<u8>);
 pub fn program(states: &Sharded<State>, to: SlotId) -> Call<u8> {
     states.call(to, move |state: &State| async move { state.0.get() })
 }
+
+fn main() {}

@@ -10,3 +10,5 @@ pub fn program(database: Arc<String>) -> Server {
         Ok(service_fn(async move |_: Request| Ok(Response::new(Body::from(database.to_string())))))
     })
 }
+
+fn main() {}

@@ -13,3 +13,5 @@ pub fn program() -> Server {
         }))
     })
 }
+
+fn main() {}

@@ -10,3 +10,5 @@ use ringleader::{Server, Shard};
 pub fn program() -> Server {
     Server::builder().serve(async |_: Shard| Ok("hello"))
 }
+
+fn main() {}

@@ -11,3 +11,5 @@ pub fn program(items: &Sharded<RefCell<Vec<String>>>, to: SlotId) -> Call<()> {
     let item = Rc::new(String::new());
     items.call(to, async move |items| items.borrow_mut().push(item.to_string()))
 }
+
+fn main() {}

@@ -14,3 +14,5 @@ pub fn program() -> Server {
         Ok(service_fn(async move |_: Request| Ok(Response::new(Body::from(cache.to_string())))))
     })
 }
+
+fn main() {}

@@ -11,3 +11,5 @@ pub struct State(Rc<String>);
 pub fn program(states: &Sharded<State>, to: SlotId) -> Call<Rc<String>> {
     states.call(to, async move |state| state.0.clone())
 }
+
+fn main() {}

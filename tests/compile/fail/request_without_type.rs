@@ -13,3 +13,5 @@ pub fn program() -> Server {
         Ok(service_fn(service))
     })
 }
+
+fn main() {}

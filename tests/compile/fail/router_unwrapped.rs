@@ -8,3 +8,5 @@ use ringleader::{Server, Shard};
 pub fn program() -> Server {
     Server::builder().serve(async |_: Shard| Ok(axum::Router::new()))
 }
+
+fn main() {}

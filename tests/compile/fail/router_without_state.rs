@@ -14,3 +14,5 @@ pub fn program() -> ringleader::Axum {
     let router: Router<State> = Router::new().route("/", get(answer));
     ringleader::axum(router)
 }
+
+fn main() {}

@@ -15,3 +15,5 @@ async fn which(State(shard): State<Shard>) -> String {
 pub fn program(shard: Shard) -> ringleader::Axum {
     ringleader::axum(Router::new().route("/", get(which)).with_state(shard))
 }
+
+fn main() {}

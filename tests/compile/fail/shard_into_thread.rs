@@ -9,3 +9,5 @@ pub fn program(shard: &Shard) -> Blocking<SlotId> {
     let other = shard.clone();
     shard.spawn_blocking(move || other.id())
 }
+
+fn main() {}

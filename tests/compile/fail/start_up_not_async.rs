@@ -7,3 +7,5 @@ use ringleader::{Body, Request, Response, Server, Shard, service_fn};
 pub fn program() -> Server {
     Server::builder().serve(|_: Shard| service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
 }
+
+fn main() {}

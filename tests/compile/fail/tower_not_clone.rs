@@ -26,3 +26,5 @@ impl tower_service::Service<Request> for Once {
 pub fn program() -> Server {
     Server::builder().serve(async |_: Shard| Ok(ringleader::tower(Once)))
 }
+
+fn main() {}

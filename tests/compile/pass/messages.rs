@@ -3,7 +3,6 @@
 use ringleader::test::App;
 use ringleader::{Body, BoxError, Call, Request, Response, Server, Shard, Sharded, SlotId, service_fn};
 use std::cell::Cell;
-use std::rc::Rc;
 
 struct State(Cell<u8>);
 
