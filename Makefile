@@ -20,7 +20,7 @@ help:
 	@echo 'make run          build (release) and serve on 127.0.0.1:8080; other flags in ARGS="..."'
 	@echo 'make test         every test: unit, integration, documentation, examples, of the measuring programs; then test-model, test-asan'
 	@echo 'make test-model   every interleaving of the inbox, its wake-up and calls (with loom)'
-	@echo 'make test-asan    the tests of network, files and system calls under AddressSanitizer'
+	@echo 'make test-asan    the tests of what has unsafe code, and of whole servers, under AddressSanitizer'
 	@echo 'make check        formatting, lints, documentation, licences (with cargo-deny)'
 	@echo 'make advisories   known defects of dependencies (with cargo-deny and the network)'
 	@echo 'make msrv         does the oldest Rust that Cargo.toml states compile it? (with rustup and that toolchain)'

@@ -62,7 +62,7 @@ pub struct Exit {
     pub successor_failed: bool,
     /// Executors that failed during the drain.
     pub failed: usize,
-    /// Executors that did not answer the order to stop; their threads were left behind.
+    /// Executors that did not answer the order to stop, or hung at any time before; their threads were left behind.
     pub abandoned: usize,
     /// Blocking closures that still ran at the drain's deadline; their threads were left behind, and end with them.
     pub abandoned_closures: usize,

@@ -1,4 +1,4 @@
-//! Orders to a server: carried out whether or not anybody waits, awaitable on any runtime and on none.
+//! Orders to a server: carried out whether or not anybody waits, but for a start; awaitable on any runtime and on none.
 
 use std::fmt;
 use std::future::Future;
@@ -31,7 +31,7 @@ use crate::oneshot::{self, Outcome};
 /// # })?;
 /// # Ok::<(), ringleader::Error>(())
 /// ```
-#[must_use = "the order is carried out all the same, but its outcome is lost"]
+#[must_use = "its outcome is lost; a start is even taken back: await it, or call `wait`"]
 pub struct Order<T> {
     outcome: Outcome<Result<T, Error>>,
     given_up: GivenUp,

@@ -424,6 +424,7 @@ impl Server {
     /// be), the system lacks something, an address cannot be listened on, or a start-up closure fails, panics or takes too
     /// long. The message says what to do. Times and counts of 0 that could not work are refused, and never taken for
     /// "no limit": that is `None`.
+    #[must_use = "dropped, the start is taken back: await it, or call `wait`"]
     pub fn start(self) -> Order<Running> {
         match self.try_start() {
             Ok(order) => order,

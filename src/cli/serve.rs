@@ -259,7 +259,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
         return Err(Failure::Failed("the process that had taken over has failed: nobody serves".to_owned()));
     }
     if exit.abandoned > 0 {
-        return Err(Failure::Failed(format!("{} executors did not answer the order to stop", exit.abandoned)));
+        return Err(Failure::Failed(format!(
+            "the threads of {} executors hung, or did not answer the order to stop, and were left behind",
+            exit.abandoned
+        )));
     }
     if exit.abandoned_closures > 0 {
         return Err(Failure::Failed(format!("{} blocking closures did not end in time", exit.abandoned_closures)));

@@ -32,8 +32,7 @@ impl Builder {
             Ok(thread.join().expect("the probe returns what goes wrong, it does not panic"))
         });
         let probed = probed.map_err(|error: io::Error| {
-            let remedy = limits::shortage(&error).map(|remedy| format!("; {remedy}")).unwrap_or_default();
-            Error::new(Kind::System, format!("starting a thread: {error}{remedy}"))
+            Error::new(Kind::System, format!("starting a thread: {}", limits::explained(&error)))
         })?;
         let memory = Memory::read();
         match probed {

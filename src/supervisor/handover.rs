@@ -15,6 +15,7 @@ use crate::error::Kind;
 use crate::listen::{self, Inheritance};
 use crate::order::Promise;
 use crate::panics::caught;
+use crate::sys::limits::explained;
 use crate::systemd::Notifier;
 use crate::upgrade::Group;
 use crate::upgrade::successor::{Heir, Launch, Successor, Taken};
@@ -313,10 +314,11 @@ impl Supervisor {
             }
             Ok(groups)
         });
-        let started = steered.map_err(|error| format!("doubling the listeners: {error}")).and_then(|groups| {
-            let started = Successor::start(self.handover.launch.clone(), groups, tell);
-            started.map_err(|error| format!("starting a thread for it: {error}"))
-        });
+        let started =
+            steered.map_err(|error| format!("doubling the listeners: {}", explained(&error))).and_then(|groups| {
+                let started = Successor::start(self.handover.launch.clone(), groups, tell);
+                started.map_err(|error| format!("starting a thread for it: {}", explained(&error)))
+            });
         match started {
             Ok(starting) => self.handover.successor = Some((successor, Progress::Starts(starting))),
             Err(why) => self.shared.post.send(Message::Successor(successor, Err(why))),

@@ -155,8 +155,7 @@ pub(crate) fn start(
         .name(thread::name(&supervision.name, &"sup"))
         .spawn(move || supervisor.run(&inbox))
         .map_err(|error| {
-            let remedy = limits::shortage(&error).map(|remedy| format!("; {remedy}")).unwrap_or_default();
-            Error::new(Kind::System, format!("starting the supervisor's thread: {error}{remedy}"))
+            Error::new(Kind::System, format!("starting the supervisor's thread: {}", limits::explained(&error)))
         })?;
     Ok(order)
 }

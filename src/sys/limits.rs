@@ -76,6 +76,11 @@ pub fn shortage(error: &io::Error) -> Option<&'static str> {
     }
 }
 
+/// The error, and what to do about it if it is a [`shortage`].
+pub fn explained(error: &io::Error) -> String {
+    shortage(error).map_or_else(|| error.to_string(), |remedy| format!("{error}; {remedy}"))
+}
+
 /// C libraries differ in the type of the constants; this is glibc's or musl's.
 #[cfg(target_env = "gnu")]
 type Resource = libc::__rlimit_resource_t;

@@ -22,6 +22,7 @@ use std::time::Duration;
 use super::message::{BYTES_MAX, Message, VERSION};
 use super::{Group, VARIABLE};
 use crate::panics::caught;
+use crate::sys::limits::explained;
 use crate::sys::poll::wait_readable;
 use crate::sys::{child, descriptors};
 
@@ -242,12 +243,14 @@ fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Take
     if let Some(why) = obstacle(std::process::id(), std::os::unix::process::parent_id(), |name| env::var(name).ok()) {
         return Err(why.to_owned());
     }
-    let (line, theirs) = descriptors::pair().map_err(|error| format!("making the sockets to talk to it: {error}"))?;
+    let (line, theirs) =
+        descriptors::pair().map_err(|error| format!("making the sockets to talk to it: {}", explained(&error)))?;
     // The embedder's closure.
     let made = catch_unwind(AssertUnwindSafe(|| launch.command()));
     let mut command = made.map_err(|payload| format!("making its command panicked: {}", caught(payload)))?;
     let program = command.get_program().display().to_string();
-    let mut child = spawn(&mut command, theirs).map_err(|error| format!("starting {program}: {error}"))?;
+    let mut child =
+        spawn(&mut command, theirs).map_err(|error| format!("starting {program}: {}", explained(&error)))?;
     // The command holds our copy of the other end: as long as it is open, nobody hears the line go dead.
     drop(command);
     tracing::info!(program, process = child.id(), "the new process has been started");

@@ -36,7 +36,7 @@ fn during_the_drain_delay_probes_fail_and_requests_are_answered() {
 }
 
 #[test]
-fn with_more_than_half_of_the_executors_quarantined_probes_fail() {
+fn with_more_than_half_of_the_executors_quarantined_probes_fail_and_with_all_the_server_does() {
     let mut server = spawn(&[], &["--executors", "3", "--chaos", "--quarantine-after", "1"]);
     assert_eq!(probe(&server, "/ready"), ready());
     let mut first = server.connect();
@@ -48,6 +48,8 @@ fn with_more_than_half_of_the_executors_quarantined_probes_fail() {
     server.wait_for_line("not ready: more than half");
     eventually("a probe is told", || probe(&server, "/ready") == not_ready());
     assert_eq!(probe(&server, "/").0, 200, "the third executor serves");
+    server.connect().ask("/chaos/escape");
+    server.wait().expect(1, &["every executor failed too often and was given up"]);
 }
 
 #[test]

@@ -203,6 +203,49 @@ fn during_an_upgrade_another_is_refused_and_a_stop_ends_both() {
 }
 
 #[test]
+fn while_it_drains_an_upgrade_is_refused_and_the_service_goes_on() {
+    let mut server = spawn(&[], &["--executors", "1", "--drain-delay", "3600"]);
+    server.signal(libc::SIGTERM);
+    server.wait_for_line("not ready");
+    server.signal(libc::SIGUSR2);
+    let line = server.wait_for_line("no new process takes over");
+    assert!(line.contains("the server is stopping"), "{line}");
+    assert_eq!(server.connect().get("/").status, 200);
+}
+
+/// The cure for a crash loop may be the new binary.
+#[test]
+fn in_a_crash_loop_a_new_process_takes_over() {
+    let mut server = spawn(&[], &["--executors", "1", "--chaos", "--quarantine-after", "0"]);
+    // The wait for the next generation doubles each time: it is 800 ms or so after the fifth.
+    for _ in 0..5 {
+        server.connect().ask("/chaos/escape");
+        server.wait_for_line("an executor has ended");
+    }
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    assert_eq!(server.wait_alone(), Some(0));
+    assert_eq!(who(&mut server.connect()), heir.0);
+}
+
+#[test]
+fn without_descriptors_an_upgrade_is_refused_with_the_reason_and_the_service_goes_on() {
+    let mut server = spawn(&[], &["--executors", "1"]);
+    let mut kept = server.connect();
+    assert_eq!(kept.get("/").status, 200);
+    let allowed = server.limit_descriptors_for_now(4);
+    server.signal(libc::SIGUSR2);
+    let line = server.wait_for_line("no new process takes over");
+    assert!(line.contains("Too many open files") && line.contains("raise the limit on open files"), "{line}");
+    assert_eq!(kept.get("/").status, 200);
+    server.limit_descriptors_for_now(allowed);
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    assert_eq!(server.wait_alone(), Some(0));
+    assert_eq!(who(&mut server.connect()), heir.0);
+}
+
+#[test]
 fn fewer_or_more_executors_take_over_all_listeners() {
     for executors in [2, 6] {
         let place = Place::new(&format!("sizes-{executors}"));
