@@ -32,11 +32,14 @@ const STOPPING_MAX: Duration = Duration::from_secs(5);
 /// Connections right after `READY=1`: an executor that gets none of them is a chance of one in 10^12.
 const CONNECTIONS: usize = 100;
 const LOAD: Duration = Duration::from_secs(1);
+/// For so long a start-up is held up; the other executors take some 20 ms.
+const GATE_SHUT: Duration = Duration::from_secs(1);
 
 pub async fn run(arguments: &Arguments) -> Result<Verdicts, String> {
     let mut verdicts = Verdicts::default();
     activated(arguments, &mut verdicts).await?;
     notified(arguments, &mut verdicts).await?;
+    held_up(arguments, &mut verdicts).await?;
     Ok(verdicts)
 }
 
@@ -160,5 +163,38 @@ async fn notified(arguments: &Arguments, verdicts: &mut Verdicts) -> Result<(), 
         format!("{early} times not every one; {}", failed.show("failures")),
     );
     verdicts.check(mute == 0 && deaf == 0, "STOPPING=1 is said", format!("{mute} of {runs} did not"));
+    Ok(())
+}
+
+/// One executor's start-up waits at a gate: until it is opened the other three are there and the server is not ready.
+async fn held_up(arguments: &Arguments, verdicts: &mut Verdicts) -> Result<(), String> {
+    let common = &arguments.common;
+    let itself = std::env::current_exe().map_err(|error| format!("finding this program: {error}"))?;
+    let (mut early, mut deaf, mut lone) = (0, 0, 0);
+    for _ in 0..arguments.runs {
+        let mut manager = Manager::new(common)?;
+        let gate = manager.path.with_extension("gate");
+        let _ = std::fs::remove_file(&gate);
+        let mut command = Command::new(&itself);
+        command.args(["serve", "--listen", &format!("127.0.0.1:{}", common.port)]).env("NOTIFY_SOCKET", &manager.path);
+        command.args(["--executors", &EXECUTORS.to_string(), "--cpus", &common.cpus_or("0,1"), "--gate"]).arg(&gate);
+        let log = common.scratch.join("ringleader-proofs-held-up.log");
+        let server = Server::spawn(command, common.port, &log)?;
+        early += usize::from(manager.hear("READY=1", GATE_SHUT).await);
+        std::fs::write(&gate, "").map_err(|error| format!("writing {}: {error}", gate.display()))?;
+        deaf += usize::from(!manager.hear("READY=1", READY_MAX).await);
+        lone += usize::from(load::reach(server.address(), EXECUTORS - 1).await.is_err());
+        std::fs::remove_file(&gate).map_err(|error| format!("removing {}: {error}", gate.display()))?;
+        server.stop()?;
+    }
+    verdicts.check(
+        early == 0 && deaf == 0 && lone == 0,
+        "READY=1 waits for an executor whose start-up takes its time",
+        format!(
+            "of {} starts {early} said it within {GATE_SHUT:?} of waiting, {deaf} not after it; {lone} times that executor did \
+             not answer",
+            arguments.runs
+        ),
+    );
     Ok(())
 }

@@ -98,7 +98,7 @@ const FAULTS: &[Fault] = &[
         ..NONE
     },
     Fault { name: "SIGSTOP and SIGCONT", act: Act::Stop, said: &["stood still"], ..NONE },
-    Fault { name: "no CPU for one executor", act: Act::Hog, ..NONE },
+    Fault { name: "no CPU for one executor", act: Act::Hog, said: &["gets no CPU"], ..NONE },
     Fault {
         name: "prlimit --nofile in flight",
         inject: None,

@@ -1,11 +1,15 @@
-//! A small server built with the library, for proofs of what the command cannot be told to do: start-ups that panic, and
-//! orders that go through the handle. Orders come as lines on a port of their own, one connection at a time.
+//! A small server built with the library, for proofs of what the command cannot be told to do: start-ups that panic or wait,
+//! and orders that go through the handle. Orders come as lines on a port of their own, one connection at a time.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use ringleader::{Body, BoxError, Handle, Reject, Request, Response, Server, Shard, StatusCode, service_fn};
+
+const GATE_LOOKED_AT: Duration = Duration::from_millis(10);
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -21,6 +25,9 @@ pub struct Arguments {
     /// Slots whose start-up panics in each generation but the first
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     crash_slots: Vec<usize>,
+    /// The last slot's start-up waits until this file is there
+    #[arg(long, value_name = "FILE")]
+    gate: Option<PathBuf>,
     /// Port on 127.0.0.1 for orders: `scale N`
     #[arg(long, value_name = "PORT")]
     control: Option<u16>,
@@ -31,7 +38,9 @@ pub fn run(arguments: &Arguments) -> Result<(), String> {
     tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
     let handle = Arc::new(OnceLock::<Handle>::new());
     let (crashing, of_service) = (arguments.crash_slots.clone(), Arc::clone(&handle));
+    let gate = arguments.gate.clone().map(|gate| (arguments.executors - 1, gate));
     let server = Server::builder()
+        .systemd()
         .listen(arguments.listen.as_str())
         .executors(arguments.executors)
         .cpus(ringleader::parse_cpu_list(&arguments.cpus)?)
@@ -40,6 +49,11 @@ pub fn run(arguments: &Arguments) -> Result<(), String> {
         .serve(async move |shard: Shard| {
             let slot = shard.id().index();
             assert!(shard.generation() == 1 || !crashing.contains(&slot), "the start-up was told to panic");
+            if let Some((_, gate)) = gate.as_ref().filter(|(last, _)| *last == slot) {
+                while !gate.exists() {
+                    shard.sleep(GATE_LOOKED_AT).await;
+                }
+            }
             let handle = Arc::clone(&of_service);
             Ok(service_fn(async move |request: Request| answer(&shard, &handle, &request)))
         });
