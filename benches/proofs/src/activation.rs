@@ -132,9 +132,10 @@ async fn notified(arguments: &Arguments, verdicts: &mut Verdicts) -> Result<(), 
         let mut command = Command::new(&common.server);
         command.args(["serve", "--listen", &format!("127.0.0.1:{}", common.port)]).env("NOTIFY_SOCKET", &manager.path);
         command.args(["--executors", &EXECUTORS.to_string(), "--cpus", &common.cpus_or("0,1")]).args(&common.extra);
-        let began = Instant::now();
         let log = common.scratch.join("ringleader-proofs-notified.log");
         let server = Server::spawn(command, common.port, &log)?;
+        // Only now: the kernel takes the port from the server before with a delay of seconds, which `spawn` waits for.
+        let began = Instant::now();
         if !manager.hear("READY=1", READY_MAX).await {
             deaf += 1;
             drop(server);
