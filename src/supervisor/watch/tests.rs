@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use super::*;
+use crate::sys::affinity;
 use crate::sys::cpu_clock::ThreadClock;
 use crate::sys::heartbeats::Heartbeats;
 use crate::sys::procfs;
@@ -227,4 +228,58 @@ fn a_thread_that_blocks_is_found_stalled() {
     let (mut reader, mut writer) = std::io::pipe().unwrap();
     let block = move |_: &AtomicBool| reader.read_exact(&mut [0]).unwrap();
     is_found_stalled(block, move || writer.write_all(&[1]).unwrap());
+}
+
+#[test]
+fn a_thread_that_gets_no_cpu_is_found_starved() {
+    let heartbeat = Heartbeats::on_heap(1).of(0);
+    let cpu = affinity::available().allowed[0];
+    let over = Arc::new(AtomicBool::new(false));
+    let spin = |over: &AtomicBool| {
+        while !over.load(Ordering::Relaxed) {
+            std::hint::spin_loop();
+        }
+    };
+    let (send, receive) = mpsc::channel();
+    let (begin, begun) = mpsc::channel::<()>();
+    let worker = std::thread::spawn({
+        let (heartbeat, over) = (heartbeat.clone(), Arc::clone(&over));
+        move || {
+            affinity::run_on(&[cpu]).unwrap();
+            affinity::step_back();
+            send.send((ThreadId::current().unwrap(), ThreadClock::current().unwrap())).unwrap();
+            begun.recv().unwrap();
+            heartbeat.busy(Instant::now());
+            spin(&over);
+            heartbeat.asleep();
+        }
+    });
+    let (thread, clock) = receive.recv().unwrap();
+    let (spins, spinning) = mpsc::channel();
+    let rivals: Vec<_> = (0..2)
+        .map(|_| {
+            let (over, spins) = (Arc::clone(&over), spins.clone());
+            std::thread::spawn(move || {
+                affinity::run_on(&[cpu]).unwrap();
+                spins.send(()).unwrap();
+                spin(&over);
+            })
+        })
+        .collect();
+    rivals.iter().for_each(|_| spinning.recv().unwrap());
+    begin.send(()).unwrap();
+    let mut watch = Watch::new(LIMIT);
+    loop {
+        let now = Instant::now();
+        let reading = Reading { now, busy: heartbeat.busy_for(now), cpu: clock.read().unwrap() };
+        match watch.look(reading, || procfs::scheduling(thread.number())) {
+            Verdict::Healthy => std::thread::sleep(watch.next_look(now).saturating_duration_since(now)),
+            found => {
+                over.store(true, Ordering::Relaxed);
+                assert!(matches!(found, Verdict::Starved { .. }), "{found:?}");
+                break;
+            }
+        }
+    }
+    rivals.into_iter().chain([worker]).for_each(|thread| thread.join().unwrap());
 }
