@@ -41,7 +41,7 @@ async fn router_inside(_: Shard) -> Result<impl Service, BoxError> {
     }))
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let running = hyper().start().wait()?;
     assert_eq!(test::get(running.local_addrs()[0], "/")?.body(), "hyper");
     running.stop(Stop::Now).wait()?;

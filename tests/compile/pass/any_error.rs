@@ -17,7 +17,7 @@ fn program(number: &str) -> Server {
     })
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let running = program("1").start().wait()?;
     assert_eq!(test::get(running.local_addrs()[0], "/")?.body(), "1");
     running.stop(Stop::Now).wait()?;

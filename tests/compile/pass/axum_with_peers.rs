@@ -27,7 +27,7 @@ async fn count(State(application): State<ShardLocal<Application>>) -> Result<Str
     Ok(format!("{members:?} {}", application.hits.get()))
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let mut builder = Server::builder().executors(2);
     let rooms = builder.sharded("rooms", async |_| Ok(Rooms::default()));
     let app = App::with(builder, async move |shard: Shard| {

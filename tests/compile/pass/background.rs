@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::time::Duration;
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let mut builder = Server::builder().listen("127.0.0.1:0").executors(1);
     let maps = builder.sharded("maps", async |_| Ok(RefCell::new(HashMap::<String, u64>::from([("old".into(), 1)]))));
     let server = builder.serve(async move |shard| {

@@ -11,7 +11,7 @@ async fn answer(request: Request) -> Result<Response, BoxError> {
     Ok(Response::new(Body::from(request.uri().path().to_owned())))
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     assert_eq!(App::start(start)?.get("/path")?.body(), "/path");
     Ok(())
 }

@@ -25,7 +25,7 @@ async fn helped(shard: Shard) -> Result<impl Service, BoxError> {
     Ok(ringleader::axum(Router::new().route("/", get(answer)).with_state(shard.local(shard.clone()))))
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     assert_eq!(App::start(inferred)?.get("/path")?.body(), "/path");
     assert_eq!(App::start(helped)?.get("/")?.body(), "rested");
     Ok(())

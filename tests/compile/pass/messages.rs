@@ -14,7 +14,7 @@ fn plain(states: &Sharded<State>, to: SlotId) -> Call<u8> {
     states.call(to, move |state| async move { state.0.get() })
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let mut builder = Server::builder().executors(2);
     let states = builder.sharded("states", async |_| Ok(State(Cell::new(7))));
     let app = App::with(builder, async move |shard: Shard| {

@@ -12,7 +12,7 @@ fn for_axum<F: Future + Send + 'static>(future: F) -> F {
     future
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let app = App::start(async |shard: Shard| {
         Ok(service_fn(async move |_: Request| {
             nap(&shard).await?;

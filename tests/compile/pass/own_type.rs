@@ -15,7 +15,7 @@ impl Service for Application {
     }
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let app = App::start(async |_: Shard| Ok(Application(Cell::new(0))))?;
     app.get("/")?;
     assert_eq!(app.get("/")?.body(), "2");

@@ -17,7 +17,7 @@ fn program() -> Server {
     })
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let running = program().start().wait()?;
     let address = running.local_addrs()[0];
     test::get(address, "/")?;

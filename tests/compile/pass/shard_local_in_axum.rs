@@ -29,7 +29,7 @@ async fn long(State(application): State<ShardLocal<Application>>) -> String {
     application.run(work).await
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let app = App::start(async |shard: Shard| {
         let application = shard.local(Application { shard: shard.clone(), count: RefCell::new(0) });
         let router = Router::new().route("/short", get(short)).route("/long", get(long));

@@ -12,7 +12,7 @@ async fn start_and_stop(server: Server) -> Result<Exit, Error> {
     running.stop(Stop::Now).await
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build()?;
     // `spawn` demands that it is `Send`.
     let exit = runtime.block_on(runtime.spawn(start_and_stop(server())))??;

@@ -2,8 +2,8 @@
 
 use ringleader::test::App;
 use ringleader::{
-    Blocking, Body, BoxError, Builder, Call, Handle, Order, Peers, Request, Response, Running, Server, Shard, ShardLocal,
-    Sharded, Sleep, Timeout, service_fn,
+    Blocking, Body, BoxError, Builder, Call, Handle, Order, Peers, Request, Response, Running, Server, Shard,
+    ShardLocal, Sharded, Sleep, Timeout, service_fn,
 };
 use std::future::Ready;
 use std::rc::Rc;
@@ -13,12 +13,15 @@ type OfNoThread = Rc<()>;
 fn send<T: Send>() {}
 fn sync<T: Sync>() {}
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     (send::<Builder>(), send::<Server>(), send::<Running>(), send::<Order<Running>>(), send::<Body>());
     (send::<Handle>(), send::<Peers>(), send::<Sharded<OfNoThread>>(), send::<ShardLocal<OfNoThread>>());
     (sync::<Handle>(), sync::<Peers>(), sync::<Sharded<OfNoThread>>(), sync::<ShardLocal<OfNoThread>>());
     (send::<Call<u8>>(), send::<Sleep>(), send::<Blocking<u8>>(), send::<Timeout<Ready<()>>>());
     let app = App::start(async |_: Shard| Ok(service_fn(async |_: Request| Ok(Response::new(Body::from("here"))))))?;
-    assert_eq!(std::thread::scope(|scope| scope.spawn(|| app.get("/")).join().expect("it does not panic"))?.body(), "here");
+    assert_eq!(
+        std::thread::scope(|scope| scope.spawn(|| app.get("/")).join().expect("it does not panic"))?.body(),
+        "here"
+    );
     Ok(())
 }

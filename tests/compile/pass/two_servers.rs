@@ -24,6 +24,6 @@ async fn both(one: Server, other: Server) -> Result<(), BoxError> {
     Ok(())
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     tokio::runtime::Builder::new_current_thread().build()?.block_on(both(server("one"), server("other")))
 }

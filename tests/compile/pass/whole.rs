@@ -28,8 +28,7 @@ async fn hits(State(application): State<ShardLocal<Application>>) -> String {
 }
 
 async fn start() -> Result<Running, BoxError> {
-    let mut builder =
-        Server::builder().listen("127.0.0.1:0").executors(2..=4).tokio(tokio::runtime::Handle::current());
+    let mut builder = Server::builder().listen("127.0.0.1:0").executors(2..=4).tokio(tokio::runtime::Handle::current());
     let store = builder.sharded("store", async |_| Ok(Store::default()));
     let server = builder.serve(async move |shard: Shard| {
         let application = shard.local(Application { shard: shard.clone(), hits: 0.into() });
@@ -54,7 +53,7 @@ async fn start() -> Result<Running, BoxError> {
     Ok(server.start().await?)
 }
 
-fn main() -> Result<(), BoxError> {
+pub fn main() -> Result<(), BoxError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let running = runtime.block_on(start())?;
     let address = running.local_addrs()[0];
