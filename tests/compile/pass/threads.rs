@@ -14,10 +14,10 @@ fn send<T: Send>() {}
 fn sync<T: Sync>() {}
 
 pub fn main() -> Result<(), BoxError> {
-    (send::<Builder>(), send::<Server>(), send::<Running>(), send::<Order<Running>>(), send::<Body>());
-    (send::<Handle>(), send::<Peers>(), send::<Sharded<OfNoThread>>(), send::<ShardLocal<OfNoThread>>());
-    (sync::<Handle>(), sync::<Peers>(), sync::<Sharded<OfNoThread>>(), sync::<ShardLocal<OfNoThread>>());
-    (send::<Call<u8>>(), send::<Sleep>(), send::<Blocking<u8>>(), send::<Timeout<Ready<()>>>());
+    send::<(Builder, Server, Running, Order<Running>, Body, Handle, Peers, Sharded<OfNoThread>, ShardLocal<OfNoThread>)>(
+    );
+    sync::<(Handle, Peers, Sharded<OfNoThread>, ShardLocal<OfNoThread>)>();
+    send::<(Call<u8>, Sleep, Blocking<u8>, Timeout<Ready<()>>)>();
     let app = App::start(async |_: Shard| Ok(service_fn(async |_: Request| Ok(Response::new(Body::from("here"))))))?;
     assert_eq!(
         std::thread::scope(|scope| scope.spawn(|| app.get("/")).join().expect("it does not panic"))?.body(),
