@@ -26,6 +26,11 @@ const LOST_WAKE_MAX: Duration = Duration::from_millis(500);
 /// glommio may lose the wake of a guard as well, and that of the next. Each goes off in twice the time of the one before.
 const GUARDS: u32 = 5;
 
+/// How long after what is waited for each guard goes off, at the most.
+fn reaches() -> impl Iterator<Item = Duration> {
+    (0..GUARDS).map(|guard| LOST_WAKE_MAX * 2_u32.pow(guard))
+}
+
 /// The places where an executor waits through glommio.
 pub(crate) struct Park {
     /// Rung by our ring.
@@ -50,8 +55,7 @@ impl Park {
     pub(crate) fn new(inbox: BorrowedFd<'_>) -> io::Result<Self> {
         let (ring, inbox, round) = (EventFd::new()?, inbox.try_clone_to_owned()?, EventFd::new()?);
         let alarm = TimerFd::new()?;
-        let guards =
-            (0..GUARDS).map(|guard| Guard::new(LOST_WAKE_MAX * 2_u32.pow(guard))).collect::<io::Result<_>>()?;
+        let guards = reaches().map(Guard::new).collect::<io::Result<_>>()?;
         Ok(Self {
             ring: Doorbell::new(ring.into()),
             inbox: Doorbell::new(inbox),
@@ -146,13 +150,12 @@ const ROUND: Duration = Duration::from_micros(5);
 
 /// As [`Park::set_guard`] says, when there is no guard any more.
 async fn guarded<T>(future: impl Future<Output = T>) -> T {
-    let after = |guard| Timer::new(LOST_WAKE_MAX * 2_u32.pow(guard));
-    let mut guards: Vec<_> = (0..GUARDS).map(after).collect();
+    let mut guards: Vec<_> = reaches().map(|reach| (reach, Timer::new(reach))).collect();
     let mut future = pin!(future);
     poll_fn(|context| {
-        for (number, guard) in (0..).zip(&mut guards) {
+        for (reach, guard) in &mut guards {
             if Pin::new(&mut *guard).poll(context).is_ready() {
-                *guard = after(number);
+                *guard = Timer::new(*reach);
                 let _ = Pin::new(guard).poll(context);
             }
         }
@@ -164,8 +167,7 @@ async fn guarded<T>(future: impl Future<Output = T>) -> T {
 /// An alarm behind everything that is waited for.
 struct Guard {
     bell: Doorbell,
-    /// How long after what is waited for it goes off, at the most; half of it at the least, so that it need not be set for
-    /// each wait.
+    /// One of [`reaches`]; it goes off after half of that at the least, so that it need not be set for each wait.
     reach: Duration,
     /// When it goes off.
     until: Instant,

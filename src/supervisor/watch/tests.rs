@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use super::*;
 use crate::sys::affinity;
 use crate::sys::cpu_clock::ThreadClock;
-use crate::sys::heartbeats::Heartbeats;
+use crate::sys::heartbeats::{Heartbeat, Heartbeats};
 use crate::sys::procfs;
 use crate::sys::stack_sample::ThreadId;
 
@@ -178,6 +178,24 @@ fn looks_are_asked_for_when_they_tell_something() {
     assert_eq!(told.watch.next_look(told.now), told.now + ms(10));
 }
 
+/// Looks at a real thread, and waits until the next look is worth it.
+fn looks(heartbeat: Heartbeat, thread: ThreadId, clock: ThreadClock) -> impl FnMut() -> Verdict {
+    let mut watch = Watch::new(LIMIT);
+    move || {
+        let now = Instant::now();
+        let reading = Reading { now, busy: heartbeat.busy_for(now), cpu: clock.read().unwrap() };
+        let verdict = watch.look(reading, || procfs::scheduling(thread.number()));
+        std::thread::sleep(watch.next_look(now).saturating_duration_since(now));
+        verdict
+    }
+}
+
+fn spin(over: &AtomicBool) {
+    while !over.load(Ordering::Relaxed) {
+        std::hint::spin_loop();
+    }
+}
+
 /// Watches a thread in `turn` until it is found stalled, lets it end, and sees it recover. On a machine that is busy it may
 /// really be starved for a while, which is no failure.
 fn is_found_stalled(turn: impl FnOnce(&AtomicBool) + Send + 'static, release: impl FnOnce()) {
@@ -196,14 +214,7 @@ fn is_found_stalled(turn: impl FnOnce(&AtomicBool) + Send + 'static, release: im
         }
     });
     let (thread, clock) = receive.recv().unwrap();
-    let mut watch = Watch::new(LIMIT);
-    let mut look = move || {
-        let now = Instant::now();
-        let reading = Reading { now, busy: heartbeat.busy_for(now), cpu: clock.read().unwrap() };
-        let verdict = watch.look(reading, || procfs::scheduling(thread.number()));
-        std::thread::sleep(watch.next_look(now).saturating_duration_since(now));
-        verdict
-    };
+    let mut look = looks(heartbeat, thread, clock);
     while !matches!(look(), Verdict::Stalled { .. }) {}
     ended.store(true, Ordering::Relaxed);
     release();
@@ -215,11 +226,6 @@ fn is_found_stalled(turn: impl FnOnce(&AtomicBool) + Send + 'static, release: im
 
 #[test]
 fn a_thread_that_spins_is_found_stalled() {
-    let spin = |ended: &AtomicBool| {
-        while !ended.load(Ordering::Relaxed) {
-            std::hint::spin_loop();
-        }
-    };
     is_found_stalled(spin, || ());
 }
 
@@ -235,11 +241,6 @@ fn a_thread_that_gets_no_cpu_is_found_starved() {
     let heartbeat = Heartbeats::on_heap(1).of(0);
     let cpu = affinity::available().allowed[0];
     let over = Arc::new(AtomicBool::new(false));
-    let spin = |over: &AtomicBool| {
-        while !over.load(Ordering::Relaxed) {
-            std::hint::spin_loop();
-        }
-    };
     let (send, receive) = mpsc::channel();
     let (begin, begun) = mpsc::channel::<()>();
     let worker = std::thread::spawn({
@@ -268,18 +269,9 @@ fn a_thread_that_gets_no_cpu_is_found_starved() {
         .collect();
     rivals.iter().for_each(|_| spinning.recv().unwrap());
     begin.send(()).unwrap();
-    let mut watch = Watch::new(LIMIT);
-    loop {
-        let now = Instant::now();
-        let reading = Reading { now, busy: heartbeat.busy_for(now), cpu: clock.read().unwrap() };
-        match watch.look(reading, || procfs::scheduling(thread.number())) {
-            Verdict::Healthy => std::thread::sleep(watch.next_look(now).saturating_duration_since(now)),
-            found => {
-                over.store(true, Ordering::Relaxed);
-                assert!(matches!(found, Verdict::Starved { .. }), "{found:?}");
-                break;
-            }
-        }
-    }
+    let mut look = looks(heartbeat, thread, clock);
+    let found = std::iter::repeat_with(&mut look).find(|verdict| *verdict != Verdict::Healthy);
+    over.store(true, Ordering::Relaxed);
+    assert!(matches!(found, Some(Verdict::Starved { .. })), "{found:?}");
     rivals.into_iter().chain([worker]).for_each(|thread| thread.join().unwrap());
 }
