@@ -244,12 +244,12 @@ pub use http::{Method, StatusCode};
 pub use order::Order;
 pub use panics::install_panic_hook;
 pub use peers::{Call, PeerError, Peers, Sharded};
-pub use server::{Builder, Executors, Listen, RestartPolicy, Server, Steering};
+pub use server::{Builder, Executors, Listen, Server, Steering};
 pub use service::{Reject, Service, ServiceFn, service_fn};
 pub use settings::{Escalation, HttpLimits, Overload, PanicPolicy};
 pub use shard::{Blocking, Draining, Shard, SlotId, Task, TaskError};
 pub use shard_local::ShardLocal;
-pub use supervisor::policy::{HangPolicy, Scaling};
+pub use supervisor::policy::{HangPolicy, ReadinessPolicy, RestartPolicy, Scaling};
 #[cfg(feature = "glommio")]
 pub use task_queue::TaskQueue;
 pub use time::{Elapsed, Sleep, Timeout};

@@ -66,46 +66,6 @@ pub enum Steering {
     LeastLoaded,
 }
 
-/// When and how often a failed executor is restarted.
-///
-/// ```
-/// use ringleader::{RestartPolicy, Server};
-///
-/// let mut restart = RestartPolicy::default();
-/// restart.quarantine_after = 0; // as often as it takes
-/// let builder = Server::builder().restart(restart);
-/// # let _ = builder;
-/// ```
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct RestartPolicy {
-    /// The first restart is at once; the second after this; then twice as long each time. 100 ms, as systemd's
-    /// `RestartSec`.
-    pub backoff_base: Duration,
-    /// The longest wait. 15 s.
-    pub backoff_max: Duration,
-    /// Healthy for this long, an executor's failures are forgotten. 30 s.
-    pub healthy_after: Duration,
-    /// This many failures within `quarantine_window` and the slot stays down; 0 is never. 5, as systemd's
-    /// `StartLimitBurst`.
-    pub quarantine_after: u32,
-    /// 30 s.
-    pub quarantine_window: Duration,
-}
-
-impl Default for RestartPolicy {
-    fn default() -> Self {
-        let policy = policy::RestartPolicy::default();
-        Self {
-            backoff_base: policy.backoff_base,
-            backoff_max: policy.backoff_max,
-            healthy_after: policy.healthy_after,
-            quarantine_after: policy.quarantine_after,
-            quarantine_window: policy.quarantine_window,
-        }
-    }
-}
-
 /// How many executors. Made from a number, or from a range such as `2..=8`: then the server starts with the fewest and
 /// follows the load ([`Builder::scaling`]).
 ///

@@ -5,6 +5,7 @@ mod app;
 mod chaos;
 mod log;
 mod panics;
+mod policies;
 mod serve;
 
 use std::process::ExitCode;

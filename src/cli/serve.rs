@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use ringleader::{
-    Escalation, Handle, HangPolicy, HttpLimits, Overload, PanicPolicy, RestartPolicy, Server, Shard, Steering,
-};
+use ringleader::{Handle, HangPolicy, HttpLimits, Overload, Server, Shard, Steering};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use tracing_subscriber::EnvFilter;
 
+use super::policies::Policies;
 use super::{Failure, app};
 
 #[derive(Args)]
@@ -120,22 +119,6 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "BYTES", default_value_t = 1024 * 1024)]
     body_bytes: u64,
 
-    /// Failures within 30 s after which an executor is not restarted any more; 0 is never
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    quarantine_after: u32,
-
-    /// Milliseconds before the second restart in a row; doubles up to 15 s
-    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(..=15_000))]
-    restart_delay: u64,
-
-    /// What a panic in a request's handler costs
-    #[arg(long, value_enum, default_value = "contain")]
-    on_panic: OnPanic,
-
-    /// With `--on-panic contain`: panics within 10 s, more than which restart their executor, 10000 at most; 0 is never
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=10_000))]
-    escalate_after: u32,
-
     /// Let other processes of this user listen on the same address, and share the traffic; all have to be started with
     /// this. The kernel spreads new connections over the executors of all, so there is no steering
     #[arg(long)]
@@ -144,6 +127,9 @@ pub(crate) struct Arguments {
     /// What to log: error, warn, info, debug, trace, or a filter such as ringleader=debug
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: String,
+
+    #[command(flatten)]
+    policies: Policies,
 }
 
 #[derive(Clone, Copy)]
@@ -170,14 +156,6 @@ enum SteeringName {
     Hash,
     /// Preferably to executors with fewer open connections and less to do: for connections that live long
     LeastLoaded,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum OnPanic {
-    /// Its connection
-    Contain,
-    /// Its executor's connections: the executor starts anew
-    Restart,
 }
 
 fn parse_executors(text: &str) -> Result<Count, String> {
@@ -291,10 +269,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
     let mut overload = Overload::default();
     overload.in_flight_max = arguments.max_in_flight;
     overload.delay_max = arguments.max_delay.map(Duration::from_millis);
-    let mut restart = RestartPolicy::default();
-    restart.quarantine_after = arguments.quarantine_after;
-    restart.backoff_base = Duration::from_millis(arguments.restart_delay);
-    let mut builder = Server::builder()
+    let builder = Server::builder()
         .stop_on_signals()
         .stall_backtraces(true)
         .trim_heap(true)
@@ -315,22 +290,14 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
             limit(arguments.hang_timeout),
         )
         .share_port(arguments.share_port)
-        .restart(restart)
         .http_limits(limits)
         .overload(overload)
-        .panics(match arguments.on_panic {
-            OnPanic::Contain => PanicPolicy::Contain,
-            OnPanic::Restart => PanicPolicy::Restart,
-        })
-        .escalation(match arguments.escalate_after {
-            0 => None,
-            count => Some(Escalation::after(count, Escalation::default().within)),
-        })
         .steering(match arguments.steering {
             SteeringName::Random => Steering::Random,
             SteeringName::Hash => Steering::Hash,
             SteeringName::LeastLoaded => Steering::LeastLoaded,
         });
+    let mut builder = arguments.policies.apply(builder)?;
     for address in &arguments.listen {
         builder = builder.listen(address.as_str());
     }

@@ -19,6 +19,8 @@ const HEADERS_MAX: usize = 10_000;
 const BLOCKING_THREADS_MAX: usize = 32_768;
 /// A response says it in seconds; no client waits for longer than a day.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(86_400);
+/// What an executor that is well may need, on a machine with other things to do; and the supervisor.
+const PATIENCE_MIN: Duration = Duration::from_millis(10);
 /// Of a turn: the watchdog does not look more closely.
 const STALL_LIMIT_MIN: Duration = Duration::from_millis(1);
 
@@ -94,10 +96,18 @@ impl Builder {
         holds(policy.stall_limit >= STALL_LIMIT_MIN, "`stall_limit`", policy.stall_limit, "1 ms is the least")?;
         let hang = policy.hang_timeout;
         holds(hang != Some(Duration::ZERO), "the time of `hang`", hang, "give it some time; `None` is never")?;
-        let window = policy.restart.quarantine_window;
-        let quarantines = policy.restart.quarantine_after > 0;
+        let restart = &policy.restart;
+        let window = restart.quarantine_window;
+        let quarantines = restart.quarantine_after > 0;
         let never = "give it some time; a `quarantine_after` of 0 is never";
         holds(!(quarantines && window.is_zero()), "`RestartPolicy::quarantine_window`", window, never)?;
+        part("`RestartPolicy::jitter`", restart.jitter)?;
+        let one = "give 1 at least: each is a thread that nobody can end";
+        holds(restart.leaked_max > 0, "`RestartPolicy::leaked_max`", restart.leaked_max, one)?;
+        part("`ReadinessPolicy::unfit_max`", policy.readiness.unfit_max)?;
+        holds(policy.stop_grace >= PATIENCE_MIN, "`stop_grace`", policy.stop_grace, "10 ms is the least")?;
+        let least = "10 ms is the least; `Duration::MAX` is never";
+        holds(policy.standstill_limit >= PATIENCE_MIN, "`standstill_limit`", policy.standstill_limit, least)?;
         let within = self.escalation.map_or(Duration::MAX, |escalation| escalation.within);
         holds(!within.is_zero(), "`Escalation::within`", within, "give it some time; `escalation(None)` is never")
     }
@@ -128,6 +138,11 @@ impl Builder {
 /// A limit of time that need not be.
 fn optional(setting: &str, given: Option<Duration>) -> Result<(), Error> {
     holds(given != Some(Duration::ZERO), setting, given, "give it some time; `None` is no limit")
+}
+
+/// Of a whole.
+fn part(setting: &str, given: f32) -> Result<(), Error> {
+    holds((0.0..=1.0).contains(&given), setting, given, "give a part, from 0 to 1")
 }
 
 fn holds(does: bool, setting: &str, given: impl Debug, allowed: &str) -> Result<(), Error> {

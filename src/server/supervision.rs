@@ -2,21 +2,20 @@
 
 use std::time::Duration;
 
-use super::{Builder, RestartPolicy};
+use super::Builder;
 use crate::settings::{Escalation, Overload, PanicPolicy};
-use crate::supervisor::policy::{self, HangPolicy, Scaling};
+use crate::supervisor::policy::{HangPolicy, ReadinessPolicy, RestartPolicy, Scaling};
 
 impl Builder {
     /// When and how often a failed executor is restarted.
     pub fn restart(mut self, restart: RestartPolicy) -> Self {
-        self.policy.restart = policy::RestartPolicy {
-            backoff_base: restart.backoff_base,
-            backoff_max: restart.backoff_max,
-            healthy_after: restart.healthy_after,
-            quarantine_after: restart.quarantine_after,
-            quarantine_window: restart.quarantine_window,
-            ..policy::RestartPolicy::default()
-        };
+        self.policy.restart = restart;
+        self
+    }
+
+    /// When failed and stalled executors make the server unready.
+    pub fn readiness(mut self, readiness: ReadinessPolicy) -> Self {
+        self.policy.readiness = readiness;
         self
     }
 
@@ -48,6 +47,41 @@ impl Builder {
     /// ```
     pub fn drain_delay(mut self, delay: Duration) -> Self {
         self.policy.drain_delay = delay;
+        self
+    }
+
+    /// How long an executor that is told to stop at once may take, as at the end of a drain's time, until its thread is left
+    /// behind; and blocking closures after a stop that was not a drain, and a successor that was killed. Default 5 s: an
+    /// executor drops its connections in well under a millisecond, so that is for a handler in a computation or a system
+    /// call. At least 10 ms.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::Server;
+    ///
+    /// // Within systemd's `TimeoutStopSec` of a minute: what runs has 45 s, and what computes then 10 s more.
+    /// let builder = Server::builder().drain_timeout(Duration::from_secs(45)).stop_grace(Duration::from_secs(10));
+    /// # let _ = builder;
+    /// ```
+    pub fn stop_grace(mut self, grace: Duration) -> Self {
+        self.policy.stop_grace = grace;
+        self
+    }
+
+    /// How late the supervisor has to be for the whole process to have stood still: stopped by a signal, on a machine that
+    /// was paused, or without CPU. What starts, drains or stops then has its time once more, since it could not use it.
+    /// Default 1 s, ten times that of [`Builder::stall_limit`]; at least 10 ms; `Duration::MAX` is never.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::Server;
+    ///
+    /// // On a machine that takes the CPU away for seconds, as some do that are shared: that is no pause yet.
+    /// let builder = Server::builder().standstill_limit(Duration::from_secs(10));
+    /// # let _ = builder;
+    /// ```
+    pub fn standstill_limit(mut self, limit: Duration) -> Self {
+        self.policy.standstill_limit = limit;
         self
     }
 

@@ -2,7 +2,7 @@
 //!
 //! What is to be done about one decides the policy, and only while it serves. One that starts has
 //! [`start_timeout`](super::policy::Config::start_timeout), one that drains the drain's deadline, and one that was told to
-//! stop [`STOP_GRACE`](super::policy::STOP_GRACE); to replace it would help nobody. But an operator wants to know what it is
+//! stop [`stop_grace`](super::policy::Config::stop_grace); to replace it would help nobody. But an operator wants to know what it is
 //! doing, above all where such a time passes and the thread is left behind.
 
 use std::time::{Duration, Instant};

@@ -53,8 +53,6 @@ use watchdog::Watchdog;
 
 /// How soon connections that no executor had room for are tried again.
 const RESCUE_AGAIN: Duration = Duration::from_millis(10);
-/// How long blocking closures may take after a stop that was not a drain; as long as executors may.
-const BLOCKING_GRACE: Duration = Duration::from_secs(5);
 
 /// How a server is to be supervised.
 pub(crate) struct Supervision {
@@ -205,7 +203,7 @@ impl Supervisor {
             Vec::new()
         });
         let late = timeout.map_or(Duration::ZERO, |timeout| before.elapsed().saturating_sub(timeout));
-        if late >= policy::LATE_TICK {
+        if late >= self.policy.config().standstill_limit {
             let late_ms = late.as_millis() as u64;
             tracing::warn!(
                 late_ms,
@@ -626,7 +624,9 @@ impl Supervisor {
     /// Waits for blocking closures that run; how many did not end in time. A stop at once, or a second signal, ends it.
     fn close_blocking(&mut self, inbox: &PostBox) -> usize {
         const LOOK: Duration = Duration::from_millis(50);
-        let deadline = self.drain_deadline.unwrap_or_else(|| Instant::now() + BLOCKING_GRACE);
+        // After a stop that was not a drain, as long as executors may.
+        let grace = self.policy.config().stop_grace;
+        let deadline = self.drain_deadline.unwrap_or_else(|| later(Instant::now(), grace));
         loop {
             let now = Instant::now();
             let left = self.blocking.close(deadline.min(now + LOOK));

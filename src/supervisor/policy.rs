@@ -32,7 +32,7 @@ mod upgrade;
 
 use std::time::{Duration, Instant};
 
-pub use config::{Config, HangPolicy, RestartPolicy, Scaling};
+pub use config::{Config, HangPolicy, ReadinessPolicy, RestartPolicy, Scaling};
 pub use message::{
     Action, DrainReason, End, Event, Failure, NotReady, Outcome, Quarantine, Readiness, ScaleRefusal, SlotLoad,
     StopMode, Stopped, TargetReason, UpgradeRefusal,
@@ -41,16 +41,6 @@ use scaling::Scaler;
 pub use slot::{FAR, SlotState, SlotStatus, later};
 use slot::{Health, Limit, Random, Slot, State, Thread, Verdict};
 use upgrade::Upgrade;
-
-/// How long a generation told to stop at once may take before its thread is given up.
-///
-/// A generation drops its connections in well under a millisecond; five seconds is for one that sits in
-/// a system call or a computation and may yet return.
-pub const STOP_GRACE: Duration = Duration::from_secs(5);
-
-/// A tick this much later than its deadline means that the whole process stood still (SIGSTOP, a paused
-/// virtual machine): the executors did not run either, so their time to start or stop begins anew, once.
-pub const LATE_TICK: Duration = Duration::from_secs(1);
 
 /// How long a start that the system had no descriptors, memory or threads for waits at least, where the operator has set
 /// the backoff to less: without a pause it would be tried all the time.
@@ -135,6 +125,10 @@ impl Policy {
             readiness: Readiness::NotReady(NotReady::Starting),
             actions: Vec::new(),
         }
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Takes in one event and says what is to be done about it, in order.
@@ -268,12 +262,12 @@ impl Policy {
     }
 
     fn tick_slot(&mut self, index: usize, now: Instant) {
-        let state = &mut self.slots[index].state;
-        let up = match state {
+        let config = &self.config;
+        let up = match &mut self.slots[index].state {
             State::Backoff { until } => *until <= now,
-            State::Starting(limit) => limit.strikes(now, self.config.start_timeout),
-            State::Draining { limit: Some(limit) } => limit.strikes(now, self.config.drain_deadline),
-            State::Stopping { limit, .. } => limit.strikes(now, STOP_GRACE),
+            State::Starting(limit) => limit.strikes(now, config.start_timeout, config),
+            State::Draining { limit: Some(limit) } => limit.strikes(now, config.drain_deadline, config),
+            State::Stopping { limit, .. } => limit.strikes(now, config.stop_grace, config),
             State::Ready { .. } => return self.tick_stalled(index, now),
             _ => false,
         };
@@ -373,7 +367,7 @@ impl Policy {
         }
         let cut = matches!(slot.state, State::Draining { .. });
         let retired = cut || !slot.wanted;
-        slot.state = State::Stopping { limit: Limit::new(now, STOP_GRACE), retired };
+        slot.state = State::Stopping { limit: Limit::new(now, self.config.stop_grace), retired };
         self.actions.push(Action::StopNow { slot: slot.index });
         if let Phase::Stopping { how, .. } = &mut self.phase
             && cut
@@ -481,16 +475,16 @@ impl Policy {
     }
 
     /// The ratios are those of the slots that are wanted. A stall that is shorter than
-    /// [`Config::stalled_not_ready_after`] is no reason, even if no other slot is left.
+    /// [`ReadinessPolicy::stalled_after`] is no reason, even if no other slot is left.
     fn readiness_in_service(&self) -> Readiness {
         let count = |test: fn(&State) -> bool| self.wanted().filter(|slot| test(&slot.state)).count();
-        let half = self.wanted().count();
+        let all = self.wanted().count();
         let quarantined = count(|state| *state == State::Quarantined);
         let stalled =
             count(|state| matches!(state, State::Ready { health: Health::Stalled { unready: None, .. }, .. }));
-        if quarantined * 2 > half {
+        if self.config.readiness.is_unfit(quarantined, all) {
             Readiness::NotReady(NotReady::MostQuarantined)
-        } else if (quarantined + stalled) * 2 > half {
+        } else if self.config.readiness.is_unfit(quarantined + stalled, all) {
             Readiness::NotReady(NotReady::Stalled)
         } else if count(|state| matches!(state, State::Ready { .. })) == 0 {
             Readiness::NotReady(NotReady::NoActiveSlot)

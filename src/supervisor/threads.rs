@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::policy::{End, Event, STOP_GRACE};
+use super::policy::{End, Event, later};
 use super::{SlotOrder, Supervisor};
 use crate::executor::core::Failure;
 use crate::executor::slot::SlotSeat;
@@ -60,7 +60,7 @@ impl Supervisor {
         let seat = left_behind.unwrap_or_else(|| Arc::clone(self.seat(slot)));
         seat.inbox.order(SlotOrder::Quit);
         let now = Instant::now();
-        let give_up_at = now + STOP_GRACE;
+        let give_up_at = later(now, self.policy.config().stop_grace);
         let mut ending = Ending { slot, thread, seat, handle: Some(handle), give_up_at, given_up: false };
         if ending.join_until(now + JOIN_AT_ONCE) {
             return;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use std::task::Poll;
 
 use ringleader::{
-    Body, BoxError, Escalation, HangPolicy, HttpLimits, Overload, Request, Response, RestartPolicy, Scaling, Shard,
-    Stop, service_fn,
+    Body, BoxError, Escalation, HangPolicy, HttpLimits, Overload, ReadinessPolicy, Request, Response, RestartPolicy,
+    Scaling, Shard, Stop, service_fn,
 };
 
 use crate::support::{BOUND, Site, echo, eventually, local, settle};
@@ -312,6 +312,9 @@ fn a_time_beyond_all_reason_is_no_limit() {
     (restart.healthy_after, restart.quarantine_window) = (NEVER, NEVER);
     let builder = local(1).executors(1..=2).http_limits(limits).overload(overload).scaling(scaling).restart(restart);
     let builder = builder.start_timeout(NEVER).drain_timeout(NEVER).upgrade_timeout(NEVER).stall_limit(NEVER);
+    let mut readiness = ReadinessPolicy::default();
+    readiness.stalled_after = NEVER;
+    let builder = builder.stop_grace(NEVER).standstill_limit(NEVER).readiness(readiness);
     let builder = builder.hang(HangPolicy::Replace, Some(NEVER)).escalation(Escalation::after(3, NEVER));
     let site = Site::start(builder.serve(async |shard: Shard| {
         Ok(service_fn(async move |request: Request| {

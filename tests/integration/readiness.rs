@@ -53,6 +53,35 @@ fn with_more_than_half_of_the_executors_quarantined_probes_fail_and_with_all_the
 }
 
 #[test]
+fn how_many_may_be_unfit_is_the_operators_choice() {
+    let strict = ["--executors", "4", "--chaos", "--quarantine-after", "1", "--unfit-max", "0"];
+    let server = spawn(&[], &strict);
+    assert_eq!(probe(&server, "/ready"), ready());
+    server.connect().ask("/chaos/escape");
+    eventually("one is too many", || probe(&server, "/ready") == not_ready());
+
+    let mut lenient = strict;
+    lenient[6] = "1";
+    let mut server = spawn(&[], &lenient);
+    for slot in 0..3 {
+        server.connect().ask("/chaos/escape");
+        server.wait_for_line("the slot is quarantined");
+        eventually(&format!("{slot} and all before are out"), || probe(&server, "/ready") == ready());
+    }
+    assert_eq!(probe(&server, "/ready"), ready(), "three of four are not too many");
+}
+
+#[test]
+fn a_stall_counts_against_readiness_after_the_time_that_was_given() {
+    let flags = ["--executors", "2", "--chaos", "--unfit-max", "0", "--stalled-after", "0.2", "--stall-limit", "100"];
+    let server = spawn(&[], &flags);
+    assert_eq!(probe(&server, "/ready"), ready());
+    server.connect().ask("/chaos/spin?ms=3000");
+    eventually("one that is stalled is too many", || probe(&server, "/ready") == not_ready());
+    eventually("it is back", || probe(&server, "/ready") == ready());
+}
+
+#[test]
 fn files_keep_their_names_unless_a_path_for_probes_is_given() {
     let root = std::env::temp_dir().join(format!("ringleader-probed-{}", std::process::id()));
     std::fs::create_dir_all(&root).expect("there is room");

@@ -318,9 +318,9 @@ thread_local! {
 }
 
 /// A server whose executors' threads do not end before `lock` can be read; but they do not wait for another server.
-fn lingering(lock: &Arc<RwLock<()>>) -> Site {
+fn lingering(builder: Builder, lock: &Arc<RwLock<()>>) -> Site {
     let lock = Arc::clone(lock);
-    Site::start(local(3).serve(async move |_: ringleader::Shard| {
+    Site::start(builder.serve(async move |_: ringleader::Shard| {
         LINGERS.set(Some(Lingers(Arc::clone(&lock))));
         // What an embedder can do by itself: such a thread serves nobody else.
         #[allow(clippy::disallowed_methods)]
@@ -332,7 +332,7 @@ fn lingering(lock: &Arc<RwLock<()>>) -> Site {
 #[test]
 fn threads_that_do_not_end_keep_the_supervisor_from_nothing() {
     let lock = Arc::default();
-    let site = lingering(&lock);
+    let site = lingering(local(3), &lock);
     let held = lock.write().expect("nobody has panicked");
     settle(site.scale(1)).expect("there are three slots");
     eventually("the others have gone", || idle_executors(&site) == 2);
@@ -349,10 +349,12 @@ fn threads_that_do_not_end_keep_the_supervisor_from_nothing() {
 #[test]
 fn threads_that_do_not_end_at_a_stop_are_counted_and_left_behind() {
     let lock = Arc::default();
-    let site = lingering(&lock);
+    let site = lingering(local(3).stop_grace(Duration::from_millis(100)), &lock);
     let held = lock.write().expect("nobody has panicked");
+    let before = Instant::now();
     let exit = settle(site.stop(Stop::Now)).expect("it stops");
     assert_eq!(exit.abandoned, 3);
+    assert!(before.elapsed() < Duration::from_secs(5), "they had the time that was given, and not that of the default");
     drop(held);
 }
 

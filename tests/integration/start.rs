@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use ringleader::{
-    Body, BoxError, Builder, Escalation, ExecutorState, HangPolicy, HttpLimits, Overload, Request, Response,
-    RestartPolicy, Scaling, Server, Shard, StatusCode, Steering, Stop, service_fn,
+    Body, BoxError, Builder, Escalation, ExecutorState, HangPolicy, HttpLimits, Overload, ReadinessPolicy, Request,
+    Response, RestartPolicy, Scaling, Server, Shard, StatusCode, Steering, Stop, service_fn,
 };
 
 use crate::support::{BOUND, Client, Site, echo, eventually, expect_refusal, local, settle};
@@ -166,8 +166,13 @@ fn a_setting_that_cannot_work_is_a_usage_error_that_names_it() {
         set(&mut scaling);
         local(1).executors(1..=2).scaling(scaling)
     };
-    let mut restart = RestartPolicy::default();
-    restart.quarantine_window = NO_TIME;
+    let restart = |set: fn(&mut RestartPolicy)| {
+        let mut restart = RestartPolicy::default();
+        set(&mut restart);
+        local(1).restart(restart)
+    };
+    let mut readiness = ReadinessPolicy::default();
+    readiness.unfit_max = 1.1;
     for (builder, setting, given) in [
         (local(1).name("a\0b"), "`name`", r"a\0b"),
         (local(1).connections_max(0), "`connections_max`", "0"),
@@ -189,7 +194,13 @@ fn a_setting_that_cannot_work_is_a_usage_error_that_names_it() {
         (local(1).blocking_threads_max(usize::MAX), "`blocking_threads_max`", "18446744073709551615"),
         (overload(|limits| limits.in_flight_max = Some(0)), "`Overload::in_flight_max`", "0"),
         (overload(|limits| limits.delay_max = Some(NO_TIME)), "`Overload::delay_max`", "0ns"),
-        (local(1).restart(restart), "`RestartPolicy::quarantine_window`", "0ns"),
+        (restart(|restart| restart.quarantine_window = NO_TIME), "`RestartPolicy::quarantine_window`", "0ns"),
+        (restart(|restart| restart.jitter = -0.1), "`RestartPolicy::jitter`", "-0.1"),
+        (restart(|restart| restart.jitter = f32::NAN), "`RestartPolicy::jitter`", "NaN"),
+        (restart(|restart| restart.leaked_max = 0), "`RestartPolicy::leaked_max`", "0"),
+        (local(1).readiness(readiness), "`ReadinessPolicy::unfit_max`", "1.1"),
+        (local(1).stop_grace(Duration::from_millis(9)), "`stop_grace`", "9ms"),
+        (local(1).standstill_limit(NO_TIME), "`standstill_limit`", "0ns"),
         (local(1).escalation(Escalation::after(3, NO_TIME)), "`Escalation::within`", "0ns"),
         (local(1).start_timeout(NO_TIME), "`start_timeout`", "0ns"),
         (local(1).upgrade_timeout(NO_TIME), "`upgrade_timeout`", "0ns"),

@@ -28,15 +28,20 @@ pub struct Config {
     /// How long one turn of an executor may take until it is called stalled: the watchdog's limit. What lasts from the
     /// beginning of the turn is counted from this long before [`Stalled`](super::Event::Stalled). 100 ms (DESIGN section 5).
     pub stall_limit: Duration,
-    /// A turn that takes so long counts against readiness. 1 s (DESIGN section 5).
-    pub stalled_not_ready_after: Duration,
+    /// When failures make the server unready.
+    pub readiness: ReadinessPolicy,
     /// What becomes of an executor whose turn does not end.
     pub hang: HangPolicy,
     /// When a turn is held to have no end. 30 s (DESIGN section 5; gunicorn's `timeout` is as long); `None` is never.
     pub hang_timeout: Option<Duration>,
-    /// With so many threads left behind that hung, a slot is quarantined and not restarted. 3: a hang takes
-    /// `hang_timeout`, so that the window of [`RestartPolicy`] never sees five of them. At least 1.
-    pub leaked_max: u16,
+    /// How long a generation that was told to stop at once may take before its thread is given up; and so long a successor
+    /// that was killed. 5 s: a generation drops its connections in well under a millisecond, so that is for one that sits in
+    /// a system call or a computation and may yet return. At least 10 ms.
+    pub stop_grace: Duration,
+    /// A tick this much later than its deadline means that the whole process stood still (SIGSTOP, a paused virtual
+    /// machine): the executors did not run either, so their time to start or stop begins anew, once. 1 s, ten times the
+    /// default of `stall_limit`; at least 10 ms.
+    pub standstill_limit: Duration,
     /// How long a successor may take to be ready. 60 s: twice `start_timeout`, and within systemd's 90 s.
     pub upgrade_timeout: Duration,
 }
@@ -52,10 +57,11 @@ impl Default for Config {
             slots_start: u16::MAX,
             scaling: Scaling::default(),
             stall_limit: Duration::from_millis(100),
-            stalled_not_ready_after: Duration::from_secs(1),
+            readiness: ReadinessPolicy::default(),
             hang: HangPolicy::default(),
             hang_timeout: Some(Duration::from_secs(30)),
-            leaked_max: 3,
+            stop_grace: Duration::from_secs(5),
+            standstill_limit: Duration::from_secs(1),
             upgrade_timeout: Duration::from_secs(60),
         }
     }
@@ -161,25 +167,81 @@ impl Default for Scaling {
     }
 }
 
-/// How a slot comes back after its generation failed. The defaults are those of DESIGN section 5.
+/// When failures of executors make the server unready, which is what `/ready`, [`Stats::ready`](crate::Stats::ready) and
+/// the service manager are told. One whose start is under way, or that is being stopped, is unready whatever these say.
 ///
-/// The first failure is answered at once, the next after `backoff_base`, then doubling up to
-/// `backoff_max`.
+/// ```
+/// use std::time::Duration;
+/// use ringleader::{ReadinessPolicy, Server};
+///
+/// // Behind a load balancer with many servers: out at the first executor that hangs.
+/// let mut readiness = ReadinessPolicy::default();
+/// readiness.unfit_max = 0.0;
+/// readiness.stalled_after = Duration::from_millis(300);
+/// let builder = Server::builder().readiness(readiness);
+/// # let _ = builder;
+/// ```
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ReadinessPolicy {
+    /// The part of the executors, 0 to 1, that may be unfit, quarantined or stalled, while the server is ready. 0.5: as
+    /// Envoy's `healthy_panic_threshold`, below which it no longer believes that to leave a host out helps. 0 is unready at
+    /// the first; with 1 the server is ready until the last is quarantined, and ends then.
+    pub unfit_max: f32,
+    /// A turn that takes so long makes its executor unfit; below [`Builder::stall_limit`](crate::Builder::stall_limit), at
+    /// once when it is stalled. 1 s: a probe that waits for it has then
+    /// been given up, by Kubernetes with its default `timeoutSeconds`.
+    pub stalled_after: Duration,
+}
+
+impl Default for ReadinessPolicy {
+    fn default() -> Self {
+        Self { unfit_max: 0.5, stalled_after: Duration::from_secs(1) }
+    }
+}
+
+impl ReadinessPolicy {
+    /// Whether so many of `all` are too many.
+    pub(super) fn is_unfit(&self, unfit: usize, all: usize) -> bool {
+        unfit as f64 > f64::from(self.unfit_max) * all as f64
+    }
+}
+
+/// When and how often a failed executor is restarted. The first failure is answered at once, the next after `backoff_base`,
+/// then after twice as long each time, up to `backoff_max`.
+///
+/// ```
+/// use ringleader::{RestartPolicy, Server};
+///
+/// let mut restart = RestartPolicy::default();
+/// restart.quarantine_after = 0; // as often as it takes
+/// let builder = Server::builder().restart(restart);
+/// # let _ = builder;
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct RestartPolicy {
-    /// The pause before the second restart in a row. 100 ms.
+    /// The pause before the second restart in a row. 100 ms, as systemd's `RestartSec` and in PM2's examples of
+    /// `exp_backoff_restart_delay`.
     pub backoff_base: Duration,
-    /// The longest pause. 15 s.
+    /// The longest pause. 15 s, as PM2's.
     pub backoff_max: Duration,
-    /// The part of a pause that is random, 0 to 1, so that slots felled by one cause do not return in
-    /// step. It only shortens: 0.2 means 80 % to 100 % of the pause, and `backoff_max` stays the maximum.
+    /// The part of a pause that is random, 0 to 1, so that executors felled by one cause do not return in step. It only
+    /// shortens: 0.2, the default and that of gRPC's connection backoff, means 80 % to 100 % of the pause, and `backoff_max`
+    /// stays the maximum.
     pub jitter: f32,
-    /// A generation that was ready for so long starts its slot's backoff over. 30 s.
+    /// Healthy for this long, an executor's failures are forgotten. 30 s, as PM2's.
     pub healthy_after: Duration,
-    /// So many failures within `quarantine_window` quarantine the slot. 5; 0 means never.
+    /// This many failures within `quarantine_window` and the slot stays down; 0 is never. 5, as systemd's
+    /// `StartLimitBurst`.
     pub quarantine_after: u32,
-    /// The sliding window in which failures are counted. 30 s.
+    /// The sliding window in which failures are counted. 30 s, as `healthy_after`: systemd's `StartLimitIntervalSec`
+    /// is 10 s, for pauses that do not grow.
     pub quarantine_window: Duration,
+    /// With so many threads of executors left behind that hung ([`HangPolicy::Replace`]), a slot stays down as well. 3: a
+    /// hang takes the time of [`Builder::hang`](crate::Builder::hang), so that `quarantine_window` never sees five of them.
+    /// At least 1.
+    pub leaked_max: u16,
 }
 
 impl Default for RestartPolicy {
@@ -191,6 +253,7 @@ impl Default for RestartPolicy {
             healthy_after: Duration::from_secs(30),
             quarantine_after: 5,
             quarantine_window: Duration::from_secs(30),
+            leaked_max: 3,
         }
     }
 }

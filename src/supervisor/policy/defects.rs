@@ -123,7 +123,7 @@ fn spoil_before(policy: &mut Policy, defect: Defect, event: &Event, now: Instant
                 *drain_until = drain_until.map(|_| now);
             }
         }
-        Defect::LeakWithoutBound => policy.config.leaked_max = u16::MAX,
+        Defect::LeakWithoutBound => policy.config.restart.leaked_max = u16::MAX,
         Defect::NoDelay => policy.config.drain_delay = Duration::ZERO,
         Defect::NoReversalPenalty => policy.config.scaling.reversal_penalty = 0,
         Defect::OneSampleIsEnough => (policy.config.scaling.up_after, policy.scaler.down_after) = (1, 1),

@@ -248,7 +248,7 @@ pub enum Quarantine {
     CrashLoop,
     /// Its generation answers neither start nor stop, and holds the slot's thread.
     Stuck,
-    /// [`Config::leaked_max`] of its executors hung and were left behind.
+    /// [`RestartPolicy::leaked_max`](super::RestartPolicy::leaked_max) of its executors hung and were left behind.
     Hangs,
 }
 
@@ -267,7 +267,7 @@ pub enum NotReady {
     /// More than half of the slots that are wanted are quarantined.
     MostQuarantined,
     /// More than half of the slots that are wanted are quarantined, or stalled for longer than
-    /// [`Config::stalled_not_ready_after`].
+    /// [`ReadinessPolicy::stalled_after`](super::ReadinessPolicy::stalled_after).
     Stalled,
     /// No generation serves at the moment, stalled or not.
     NoActiveSlot,

@@ -125,7 +125,7 @@ caught! {
     catches_a_start_after_stop: StartAfterStop by "start after stop" | "one exit";
     catches_a_dropped_exit: DropExit by "exit";
     catches_a_second_exit: ExitTwice by "one exit";
-    catches_a_believed_stale_report: BelieveStale by "stale" | "start" | "live" | "table";
+    catches_a_believed_stale_report: BelieveStale by "stale" | "start" | "live" | "table" | "two generations";
     catches_two_generations: TwoGenerations by "two generations" | "start after stop";
     catches_skipped_generation_numbers: SkipGenerationNumber by "generation number";
     catches_a_dead_slot_in_the_table: KeepDeadInTable by "table" | "drain before leaving the table";

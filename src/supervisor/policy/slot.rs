@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::{Config, LATE_TICK, RestartPolicy, SHORTAGE_PAUSE_MIN};
+use super::{Config, RestartPolicy, SHORTAGE_PAUSE_MIN};
 
 /// A slot, for display and metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -258,7 +258,7 @@ impl Health {
         let left = |limit: Duration| limit.saturating_sub(config.stall_limit);
         Self::Starved {
             at: now,
-            unready: Some(left(config.stalled_not_ready_after)),
+            unready: Some(left(config.readiness.stalled_after)),
             hang: config.hang_limit().map(left),
         }
     }
@@ -292,12 +292,13 @@ impl Limit {
     }
 
     /// Whether the time is up. Found out much too late, it is granted once more instead: see
-    /// [`LATE_TICK`].
-    pub(super) fn strikes(&mut self, now: Instant, allowed: Duration) -> bool {
+    /// [`Config::standstill_limit`].
+    pub(super) fn strikes(&mut self, now: Instant, allowed: Duration, config: &Config) -> bool {
         if now < self.at {
             return false;
         }
-        if self.extended || now.saturating_duration_since(self.at) <= LATE_TICK {
+        let nothing_to_grant = self.extended || allowed.is_zero();
+        if nothing_to_grant || now.saturating_duration_since(self.at) <= config.standstill_limit {
             return true;
         }
         self.at = later(now, allowed);

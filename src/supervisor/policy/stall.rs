@@ -45,12 +45,12 @@ impl Policy {
         let State::Ready { health: Health::Stalled { unready, hang, .. }, .. } = &mut self.slots[index].state else {
             return;
         };
-        let allowed = self.config.stalled_not_ready_after;
-        if unready.as_mut().is_some_and(|limit| limit.strikes(now, allowed)) {
+        let config = &self.config;
+        if unready.as_mut().is_some_and(|limit| limit.strikes(now, config.readiness.stalled_after, config)) {
             *unready = None;
         }
-        let allowed = self.config.hang_timeout.unwrap_or_default();
-        if !hang.as_mut().is_some_and(|limit| limit.strikes(now, allowed)) {
+        let allowed = config.hang_timeout.unwrap_or_default();
+        if !hang.as_mut().is_some_and(|limit| limit.strikes(now, allowed, config)) {
             return;
         }
         *hang = None;
@@ -67,7 +67,7 @@ impl Policy {
     /// Gives the slot's executor up and goes on without it. It has failed, like one that crashed; and since each time
     /// leaves a thread behind, that is counted as well.
     fn condemn(&mut self, index: usize, now: Instant) {
-        let most = usize::from(self.config.leaked_max.max(1));
+        let most = usize::from(self.config.restart.leaked_max.max(1));
         let slot = &mut self.slots[index];
         let (thread, generation) = (slot.thread, slot.generation);
         slot.leaked.push(Leaked { generation, thread });

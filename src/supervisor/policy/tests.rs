@@ -5,6 +5,10 @@ use super::*;
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
+fn stop_grace() -> Duration {
+    Config::default().stop_grace
+}
+
 /// A policy, and a clock that moves when told.
 struct Bench {
     policy: Policy,
@@ -157,7 +161,7 @@ fn a_start_that_takes_too_long_is_a_failed_start_and_is_left_behind() {
     let outcome = Outcome::StartFailed { slot: 0, failure: Failure::StartTimedOut, abandoned: 1 };
     let abandon = Action::Abandon { slot: 0, thread: 1 };
     let over = [abandon, Action::Exit(outcome)];
-    assert_eq!(bench.tick_after(STOP_GRACE), over);
+    assert_eq!(bench.tick_after(stop_grace()), over);
 }
 
 #[test]
@@ -293,7 +297,7 @@ fn a_restart_that_hangs_quarantines_its_slot_and_its_thread_may_yet_come_back() 
     assert_eq!(bench.tick_after(Config::default().start_timeout), stop);
     let reason = Quarantine::Stuck;
     let stuck = [Action::Abandon { slot: 0, thread: 1 }, Action::Quarantined { slot: 0, reason }];
-    assert_eq!(bench.tick_after(STOP_GRACE), stuck);
+    assert_eq!(bench.tick_after(stop_grace()), stuck);
     assert_eq!(bench.policy.slots().next().unwrap().abandoned, 1);
     let join = [Action::Join { slot: 0, thread: 1 }];
     assert_eq!(bench.ended(0, End::Stopped), join);
@@ -324,11 +328,11 @@ fn a_drain_is_cut_at_its_deadline_and_a_silent_generation_is_abandoned() {
     bench.drain(Some(SECOND));
     bench.ended(0, End::Panicked);
     assert_eq!(bench.tick_after(SECOND), [Action::StopNow { slot: 1 }]);
-    assert_eq!(bench.wait(), Some(STOP_GRACE));
+    assert_eq!(bench.wait(), Some(stop_grace()));
     let outcome = Outcome::Stopped { handed_over: false, how: Stopped::DeadlinePassed, failed: 1, abandoned: 1 };
     let abandon = Action::Abandon { slot: 1, thread: 1 };
     let over = [abandon, Action::Exit(outcome)];
-    assert_eq!(bench.tick_after(STOP_GRACE), over);
+    assert_eq!(bench.tick_after(stop_grace()), over);
 }
 
 #[test]
@@ -387,6 +391,7 @@ fn absurd_settings_are_survived() {
         healthy_after: Duration::MAX,
         quarantine_after: u32::MAX,
         quarantine_window: Duration::MAX,
+        leaked_max: 0,
     };
     bench.ended(0, End::Panicked);
     bench.ended(0, End::Panicked);
@@ -803,4 +808,55 @@ fn the_penalty_of_reversals_is_bounded_and_forgiven() {
     assert_eq!(after(0.0), (30, 30));
     assert_eq!(after(0.0), (30, 24));
     assert_eq!(after(0.0), (24, 18));
+}
+
+#[test]
+fn a_generation_has_the_grace_that_was_given() {
+    let grace = 300 * MS;
+    let mut bench = Bench::started_with(1, Config { stop_grace: grace, ..Config::default() });
+    bench.step(Event::Stop(StopMode::Now));
+    assert_eq!(bench.wait(), Some(grace));
+    assert_eq!(bench.tick_after(grace - MS), []);
+    assert_eq!(bench.tick_after(MS)[0], Action::Abandon { slot: 0, thread: 1 });
+}
+
+#[test]
+fn how_late_is_too_late_is_a_setting() {
+    let lenient = Config { standstill_limit: 2 * SECOND, ..Config::default() };
+    let mut bench = Bench::with(1, lenient);
+    bench.step(Event::Start);
+    let late = Config::default().start_timeout + 2 * SECOND;
+    assert!(!bench.tick_after(late).is_empty(), "two seconds are not too late: its time is over");
+    let mut bench = Bench::new(1);
+    bench.step(Event::Start);
+    assert_eq!(bench.tick_after(late), [], "more than one is: it has its time once more");
+}
+
+#[test]
+fn the_part_that_may_be_unfit_and_the_stall_that_counts_are_settings() {
+    let (strict, lenient) = (0.0, 1.0);
+    let bench = |unfit_max| {
+        let readiness = ReadinessPolicy { unfit_max, stalled_after: 300 * MS };
+        Bench::started_with(4, Config { readiness, ..Config::default() })
+    };
+    let not_ready = Action::Readiness(Readiness::NotReady(NotReady::Stalled));
+    let mut first = bench(strict);
+    first.stalled(0);
+    assert_eq!(first.wait(), Some(200 * MS), "its turn has lasted for 100 ms by then");
+    assert_eq!(first.tick_after(200 * MS), [not_ready]);
+    let mut all = bench(lenient);
+    for slot in 0..4 {
+        all.stalled(slot);
+    }
+    assert_eq!(all.tick_after(SECOND), []);
+}
+
+#[test]
+fn threads_left_behind_quarantine_their_slot_at_the_number_that_was_given() {
+    let restart = RestartPolicy { leaked_max: 1, ..RestartPolicy::default() };
+    let mut bench = Bench::started_with(2, Config { restart, ..Config::default() });
+    bench.stalled(0);
+    bench.tick_after(SECOND);
+    let reason = Quarantine::Hangs;
+    assert_eq!(bench.tick_after(28_900 * MS)[1], Action::Quarantined { slot: 0, reason });
 }

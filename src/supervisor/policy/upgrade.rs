@@ -11,7 +11,7 @@
 use std::time::Instant;
 
 use super::slot::{Limit, later};
-use super::{Action, DrainReason, Phase, Policy, STOP_GRACE, UpgradeRefusal};
+use super::{Action, DrainReason, Phase, Policy, UpgradeRefusal};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Upgrade {
@@ -85,7 +85,7 @@ impl Policy {
     /// Ends an upgrade whose successor is not ready yet.
     pub(super) fn cut_upgrade(&mut self, why: UpgradeRefusal, now: Instant) {
         if let Upgrade::Waiting { successor, .. } = self.upgrade {
-            self.upgrade = Upgrade::Killing { successor, until: later(now, STOP_GRACE) };
+            self.upgrade = Upgrade::Killing { successor, until: later(now, self.config.stop_grace) };
             self.actions.push(Action::KillSuccessor { successor });
             self.actions.push(Action::UpgradeAnswer(Err(why)));
             self.reattach();
@@ -95,7 +95,7 @@ impl Policy {
     pub(super) fn tick_upgrade(&mut self, now: Instant) {
         let allowed = self.config.upgrade_timeout;
         if let Upgrade::Waiting { limit, .. } = &mut self.upgrade
-            && limit.strikes(now, allowed)
+            && limit.strikes(now, allowed, &self.config)
         {
             self.cut_upgrade(UpgradeRefusal::TimedOut, now);
         }

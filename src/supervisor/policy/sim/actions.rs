@@ -235,7 +235,7 @@ impl Model {
     fn quarantined(&mut self, slot: u16, why: Quarantine) -> Seen {
         let serves = self.serves();
         let crash_loop = self.is_crash_loop(slot);
-        let most = usize::from(self.config.leaked_max.max(1));
+        let most = usize::from(self.config.restart.leaked_max.max(1));
         let account = &mut self.slots[usize::from(slot)];
         rule("quarantine", serves && !account.quarantined, &account)?;
         account.quarantined = true;
@@ -250,9 +250,9 @@ impl Model {
     }
 
     fn abandon(&mut self, slot: u16, thread: u32) -> Seen {
-        let now = self.now;
+        let (now, grace) = (self.now, self.config.stop_grace);
         let account = &mut self.slots[usize::from(slot)];
-        let deaf = matches!(account.life, Life::Stopping { since, .. } if now - since >= STOP_GRACE);
+        let deaf = matches!(account.life, Life::Stopping { since, .. } if now - since >= grace);
         rule("stop grace", deaf && account.threads == thread, &account)?;
         account.life = Life::None;
         account.given_up = true;
@@ -355,7 +355,8 @@ impl Model {
         self.upgrades_due -= 1;
         let asked = self.event == Event::Upgrade;
         let killed_now = matches!(self.succession, Succession::Killed { at, .. } if at == self.now);
-        let killed_lately = matches!(self.succession, Succession::Killed { at, .. } if self.now - at < STOP_GRACE);
+        let killed_lately =
+            matches!(self.succession, Succession::Killed { at, .. } if self.now - at < self.config.stop_grace);
         let stopping = self.is_closing() || self.stop.is_some();
         let (fits, name) = match answer {
             Ok(()) => (self.handed_over && matches!(self.event, Event::SuccessorReady { .. }), "upgraded"),

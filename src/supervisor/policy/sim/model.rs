@@ -200,7 +200,7 @@ impl Model {
     pub(super) fn pass_time(&mut self, now: Instant, late: Duration) {
         self.now = now;
         self.late += late;
-        if late > LATE_TICK {
+        if late > self.config.standstill_limit {
             self.jumped_at = Some(now);
         }
     }
@@ -331,7 +331,7 @@ impl Model {
             self.lame_duck = None;
             self.drain_until = Some(self.now + limit);
         }
-        let enough = self.config.stalled_not_ready_after;
+        let enough = self.config.readiness.stalled_after;
         for index in 0..self.slots.len() {
             if let Some(illness) = self.slots[index].illness
                 && illness.stalled
@@ -393,7 +393,7 @@ impl Model {
         let delayed = self.is_running() && mode != StopMode::Now;
         let delay = if delayed { self.config.drain_delay } else { Duration::ZERO };
         // The grace may be granted once more after a jump.
-        let over_by = self.now + delay + drain + 2 * STOP_GRACE + SLACK;
+        let over_by = self.now + delay + drain + 2 * self.config.stop_grace + SLACK;
         if self.handed_over {
             if mode == StopMode::Now {
                 self.drain_until = Some(self.now);

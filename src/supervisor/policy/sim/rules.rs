@@ -77,7 +77,7 @@ impl Model {
     }
 
     fn check_readiness(&self) -> Result<(), Broken> {
-        let enough = self.config.stalled_not_ready_after;
+        let enough = self.config.readiness.stalled_after;
         let stalled = |a: &Account| a.illness.filter(|illness| illness.stalled);
         let certain = self.readiness_if(|a| stalled(a).is_some_and(|illness| illness.counted));
         // Only a tick finds out.
@@ -88,15 +88,16 @@ impl Model {
 
     fn readiness_if(&self, stalled: impl Fn(&Account) -> bool) -> Readiness {
         let wanted = || self.slots.iter().filter(|a| a.wanted);
-        let (all, quarantined) = (wanted().count(), wanted().filter(|a| a.quarantined).count());
+        let quarantined = wanted().filter(|a| a.quarantined).count();
         let out = quarantined + wanted().filter(|a| stalled(a)).count();
+        let tolerated = (f64::from(self.config.readiness.unfit_max) * wanted().count() as f64) as usize;
         let why = if self.is_closing() || self.stop.is_some() {
             NotReady::Stopping
         } else if !self.was_started {
             NotReady::Starting
-        } else if quarantined > all / 2 {
+        } else if quarantined > tolerated {
             NotReady::MostQuarantined
-        } else if out > all / 2 {
+        } else if out > tolerated {
             NotReady::Stalled
         } else if !wanted().any(|a| matches!(a.life, Life::Ready { .. })) {
             NotReady::NoActiveSlot
@@ -116,7 +117,7 @@ impl Model {
     }
 
     fn check_slots(&self, policy: &Policy) -> Result<(), Broken> {
-        let most = usize::from(self.config.leaked_max.max(1));
+        let most = usize::from(self.config.restart.leaked_max.max(1));
         for ((index, account), status) in (0_u16..).zip(&self.slots).zip(policy.slots()) {
             let live = match (account.life, account.illness) {
                 (Life::None, _) => None,
@@ -163,7 +164,7 @@ impl Model {
                     rule("start timeout", in_time, account)?;
                 }
                 Life::Stopping { since, .. } => {
-                    rule("stop grace", self.now - from(since) < STOP_GRACE, account)?;
+                    rule("stop grace", self.now - from(since) < self.config.stop_grace, account)?;
                 }
                 Life::Draining { since, until: Some(_) } => {
                     rule("drain", self.now - from(since) < self.config.drain_deadline, account)?;

@@ -383,10 +383,14 @@ fn random_config(dice: &mut Dice) -> Config {
         config.drain_deadline = dice.up_to(Duration::from_secs(20));
         config.upgrade_timeout = Duration::from_secs(1) + dice.up_to(Duration::from_secs(9));
         config.stall_limit = dice.up_to(Duration::from_millis(500));
-        config.stalled_not_ready_after = dice.up_to(Duration::from_secs(3));
+        config.readiness = ReadinessPolicy {
+            unfit_max: [0.0, 0.3, 0.5, 1.0][dice.below(4) as usize],
+            stalled_after: dice.up_to(Duration::from_secs(3)),
+        };
+        config.stop_grace = Duration::from_millis(10) + dice.up_to(Duration::from_secs(8));
+        config.standstill_limit = Duration::from_millis(10) + dice.up_to(Duration::from_secs(3));
         config.hang_timeout =
             [None, Some(Duration::ZERO), Some(dice.up_to(Duration::from_secs(10)))][dice.below(3) as usize];
-        config.leaked_max = dice.below(4) as u16;
         config.start_timeout = Duration::from_secs(1) + dice.up_to(Duration::from_secs(9));
         config.restart = RestartPolicy {
             backoff_base: Duration::from_millis(1 + dice.below(2_000)),
@@ -395,6 +399,7 @@ fn random_config(dice: &mut Dice) -> Config {
             healthy_after: dice.up_to(Duration::from_secs(40)),
             quarantine_after: dice.below(7) as u32,
             quarantine_window: dice.up_to(Duration::from_secs(120)),
+            leaked_max: dice.below(4) as u16,
         };
     }
     config
