@@ -10,6 +10,7 @@ mod supervision;
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::ops::RangeInclusive;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -66,8 +67,8 @@ pub enum Steering {
     LeastLoaded,
 }
 
-/// How many executors. Made from a number, or from a range such as `2..=8`: then the server starts with the fewest and
-/// follows the load ([`Builder::scaling`]).
+/// How many executors. Made from a number, or from a range such as `2..=8`: then the server starts with the fewest, or
+/// in an upgrade with as many as the old process has, and follows the load ([`Builder::scaling`]).
 ///
 /// ```
 /// let four = ringleader::Server::builder().executors(4);
@@ -571,7 +572,9 @@ impl Builder {
         let mut policy = self.policy.clone();
         if let Some(Executors { min, .. }) = self.executors.filter(|executors| executors.min < executors.max) {
             // No more than the slots, which are counted in u16.
-            (policy.slots_min, policy.slots_start) = (min.min(slots) as u16, min.min(slots) as u16);
+            policy.slots_min = min.min(slots) as u16;
+            // As many as have the load that this one is about to get.
+            policy.slots_start = handover.predecessors_executors().map_or(policy.slots_min, NonZeroU16::get);
         }
         // Passing an executor over costs nothing, so it is done sooner than anything else is made of a long turn.
         let stale_after = STALE_AFTER.min(policy.stall_limit);

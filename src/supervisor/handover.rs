@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -109,6 +110,11 @@ impl Handover {
             notifier.due().map_or(self.status_due, |due| due.min(self.status_due))
         });
         heir.into_iter().chain(notifier).min()
+    }
+
+    /// How many executors the process wants to run that this one takes over from.
+    pub(crate) fn predecessors_executors(&self) -> Option<NonZeroU16> {
+        self.inheritance.predecessor.as_ref()?.executors()
     }
 
     /// Whether another process has taken over.
@@ -316,7 +322,8 @@ impl Supervisor {
         });
         let started =
             steered.map_err(|error| format!("doubling the listeners: {}", explained(&error))).and_then(|groups| {
-                let started = Successor::start(self.handover.launch.clone(), groups, tell);
+                let executors = self.policy.target();
+                let started = Successor::start(self.handover.launch.clone(), groups, executors, tell);
                 started.map_err(|error| format!("starting a thread for it: {}", explained(&error)))
             });
         match started {

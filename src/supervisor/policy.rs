@@ -179,7 +179,6 @@ impl Policy {
     }
 
     /// How many executors are to run.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the handle's view of the slots"))]
     pub fn target(&self) -> u16 {
         self.target
     }

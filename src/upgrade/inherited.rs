@@ -2,6 +2,7 @@
 
 use std::env;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -19,6 +20,7 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Predecessor {
     line: OwnedFd,
     process: u32,
+    executors: Option<NonZeroU16>,
 }
 
 /// The old process and what it hands over; `None` if nobody does. Asked a second time in a process, it is `None`.
@@ -34,9 +36,12 @@ pub fn from_environment() -> Result<Option<(Predecessor, Vec<Group>)>, String> {
         return Ok(None);
     }
     let line = descriptors::take_stdin().map_err(|error| format!("taking over standard input: {error}"))?;
-    let predecessor = Predecessor { line, process };
+    let mut predecessor = Predecessor { line, process, executors: None };
     match receive(predecessor.line.as_fd()) {
-        Ok(groups) => Ok(Some((predecessor, groups))),
+        Ok((executors, groups)) => {
+            predecessor.executors = executors;
+            Ok(Some((predecessor, groups)))
+        }
         Err(why) => {
             let why = format!("taking over from process {process}: {why}");
             predecessor.failed(&why);
@@ -49,6 +54,11 @@ impl Predecessor {
     /// The process that serves until it has our word.
     pub fn process(&self) -> u32 {
         self.process
+    }
+
+    /// How many executors it wanted to run for its load.
+    pub fn executors(&self) -> Option<NonZeroU16> {
+        self.executors
     }
 
     /// Every executor accepts connections: the old process may go. `then` is called, on another thread, when it has
@@ -76,9 +86,9 @@ impl Predecessor {
     }
 }
 
-fn receive(line: BorrowedFd<'_>) -> Result<Vec<Group>, String> {
-    let groups = match next(line)? {
-        (Message::Hello { version: VERSION, groups, .. }, _) => groups,
+fn receive(line: BorrowedFd<'_>) -> Result<(Option<NonZeroU16>, Vec<Group>), String> {
+    let (groups, executors) = match next(line)? {
+        (Message::Hello { version: VERSION, groups, executors, .. }, _) => (groups, NonZeroU16::new(executors)),
         (Message::Hello { version, .. }, _) => {
             return Err(format!(
                 "it hands over in version {version} of the protocol, this binary in {VERSION}: start this one afresh"
@@ -86,7 +96,8 @@ fn receive(line: BorrowedFd<'_>) -> Result<Vec<Group>, String> {
         }
         (other, _) => return Err(format!("it begins with '{other}' instead of a greeting")),
     };
-    (0..groups).map(|_| group(line)).collect()
+    let groups = (0..groups).map(|_| group(line)).collect::<Result<_, _>>()?;
+    Ok((executors, groups))
 }
 
 fn group(line: BorrowedFd<'_>) -> Result<Group, String> {
@@ -158,7 +169,7 @@ mod tests {
             descriptors::send(ours.as_fd(), message, with).unwrap();
         }
         drop(ours);
-        receive(theirs.as_fd())
+        receive(theirs.as_fd()).map(|(_, groups)| groups)
     }
 
     #[test]

@@ -14,8 +14,9 @@ pub const BYTES_MAX: usize = 4096;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
-    /// The first one: the old process, and how many groups will follow.
-    Hello { version: u32, process: u32, groups: usize },
+    /// The first one: the old process, how many groups will follow, and how many executors it wants to run at present; 0 is
+    /// not known.
+    Hello { version: u32, process: u32, groups: usize, executors: u16 },
     /// A group's address, the number of its listeners, which follow, how many of them the service manager gave, and
     /// whether the array of a steering program follows after them.
     Group { listeners: usize, address: SocketAddr, activated: usize, steered: bool },
@@ -42,6 +43,7 @@ impl Message {
                 process: number()?,
                 // Absent or changed in another version, which is told apart by its number.
                 groups: number().map_or(0, |groups| groups as usize),
+                executors: number().and_then(|executors| u16::try_from(executors).ok()).unwrap_or(0),
             }),
             "group" => Some(Self::Group {
                 listeners: number()? as usize,
@@ -69,8 +71,8 @@ impl Message {
 impl fmt::Display for Message {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Hello { version, process, groups } => {
-                write!(formatter, "ringleader-upgrade {version} {process} {groups}")
+            Self::Hello { version, process, groups, executors } => {
+                write!(formatter, "ringleader-upgrade {version} {process} {groups} {executors}")
             }
             Self::Group { listeners, address, activated, steered } => {
                 write!(formatter, "group {listeners} {address} {activated}{}", if *steered { " steered" } else { "" })
@@ -90,7 +92,7 @@ mod tests {
     #[test]
     fn every_message_is_read_as_it_was_written() {
         for message in [
-            Message::Hello { version: VERSION, process: 4711, groups: 2 },
+            Message::Hello { version: VERSION, process: 4711, groups: 2, executors: 8 },
             Message::Group { listeners: 1024, address: "127.0.0.1:8080".parse().unwrap(), activated: 0, steered: true },
             Message::Group { listeners: 1, address: "[::1]:443".parse().unwrap(), activated: 1, steered: false },
             Message::Sockets { count: 1 },
@@ -105,7 +107,10 @@ mod tests {
     #[test]
     fn a_greeting_of_another_version_is_understood_as_far_as_its_version() {
         let later = b"ringleader-upgrade 7 12 with=something else";
-        assert_eq!(Message::parse(later), Some(Message::Hello { version: 7, process: 12, groups: 0 }));
+        assert_eq!(Message::parse(later), Some(Message::Hello { version: 7, process: 12, groups: 0, executors: 0 }));
+        let without_a_number = b"ringleader-upgrade 1 12 2";
+        let greeting = Message::Hello { version: 1, process: 12, groups: 2, executors: 0 };
+        assert_eq!(Message::parse(without_a_number), Some(greeting));
     }
 
     #[test]

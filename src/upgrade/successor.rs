@@ -188,7 +188,7 @@ enum State {
 }
 
 impl Successor {
-    /// Starts the process and gives it these listeners. `tell` is called once, on another thread: when the process is
+    /// Starts the process and gives it these listeners, and the number of executors that are wanted at present. `tell` is called once, on another thread: when the process is
     /// ready to serve, or with the reason why it will not; then it has ended and been waited for.
     ///
     /// # Errors
@@ -196,12 +196,13 @@ impl Successor {
     pub fn start(
         launch: Launch,
         groups: Vec<Group>,
+        executors: u16,
         tell: impl FnOnce(Result<Taken, String>) + Send + 'static,
     ) -> io::Result<Self> {
         let shared = Arc::new(Mutex::new(State::Starting));
         let state = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("successor".to_owned()).spawn(move || {
-            let outcome = run(&launch, groups, &state);
+            let outcome = run(&launch, groups, executors, &state);
             let killed = std::mem::replace(&mut *lock(&state), State::Over);
             // One that was ready and was killed before it could say so is dead all the same.
             tell(match killed {
@@ -239,7 +240,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Taken, String> {
+fn run(launch: &Launch, groups: Vec<Group>, executors: u16, state: &Mutex<State>) -> Result<Taken, String> {
     if let Some(why) = obstacle(std::process::id(), std::os::unix::process::parent_id(), |name| env::var(name).ok()) {
         return Err(why.to_owned());
     }
@@ -267,7 +268,7 @@ fn run(launch: &Launch, groups: Vec<Group>, state: &Mutex<State>) -> Result<Take
         // Killed before it was born.
         _ => drop(child::kill(process.as_fd())),
     }
-    let outcome = give(line.as_fd(), groups).and_then(|()| listen(line.as_fd(), process.as_fd()));
+    let outcome = give(line.as_fd(), groups, executors).and_then(|()| listen(line.as_fd(), process.as_fd()));
     match outcome {
         Ok(number) => Ok(Taken { process: number, heir: Heir::new(child, process, number), _line: line }),
         Err(why) => {
@@ -311,14 +312,15 @@ fn spawn(command: &mut Command, line: OwnedFd) -> io::Result<Child> {
 type Why = Option<String>;
 
 /// Sends all there is to hand over. Blocks when the other side does not read; a kill ends that.
-fn give(line: BorrowedFd<'_>, groups: Vec<Group>) -> Result<(), Why> {
+fn give(line: BorrowedFd<'_>, groups: Vec<Group>, executors: u16) -> Result<(), Why> {
     let send = |message: Message, with: &[BorrowedFd<'_>]| match descriptors::send(line, &message.bytes(), with) {
         Ok(()) => Ok(()),
         // It may have said why before it closed its end.
         Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
         Err(error) => Err(Some(format!("handing it the listeners: {error}"))),
     };
-    send(Message::Hello { version: VERSION, process: std::process::id(), groups: groups.len() }, &[])?;
+    let process = std::process::id();
+    send(Message::Hello { version: VERSION, process, groups: groups.len(), executors }, &[])?;
     for Group { address, listeners, activated, sockets } in groups {
         send(Message::Group { listeners: listeners.len(), address, activated, steered: sockets.is_some() }, &[])?;
         let listeners: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
@@ -418,7 +420,7 @@ mod tests {
 
     fn start(launch: Launch) -> (Successor, mpsc::Receiver<Result<Taken, String>>) {
         let (sender, said) = mpsc::channel();
-        let successor = Successor::start(launch, group(), move |outcome| sender.send(outcome).unwrap()).unwrap();
+        let successor = Successor::start(launch, group(), 1, move |outcome| sender.send(outcome).unwrap()).unwrap();
         (successor, said)
     }
 

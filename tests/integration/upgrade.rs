@@ -95,6 +95,32 @@ fn upgrades_in_a_row_lose_no_connection() {
     assert!(served.load(Ordering::Relaxed) > 10);
 }
 
+/// The executors that run, by the names of their threads.
+fn executors(process: u32) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it lives").flatten();
+    let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+    let numbered =
+        |name: &String| name.trim().strip_prefix("ringleader-").is_some_and(|slot| slot.parse::<u16>().is_ok());
+    names.filter(numbered).count()
+}
+
+#[test]
+fn the_new_process_begins_with_as_many_executors_as_the_load_has_asked_for() {
+    let hasty = ["--scale-period", "0.02", "--scale-high", "0.0001", "--scale-low", "0", "--scale-up-after", "1"];
+    let lazy = ["--scale-down-after", "1000000"];
+    let mut server = spawn(&[], &[&["--executors", "1..4"][..], &hasty, &lazy].concat());
+    assert_eq!(executors(server.id()), 1);
+    let mut client = server.connect();
+    eventually("the load has four", || {
+        assert_eq!(client.get("/").status, 200);
+        executors(server.id()) == 4
+    });
+    drop(client);
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    assert_eq!(executors(heir.0), 4, "nobody has asked it for anything yet");
+}
+
 /// A place from which a program is run that can be replaced.
 struct Place(PathBuf);
 
