@@ -6,7 +6,7 @@ use std::future::{Future, poll_fn};
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -111,7 +111,14 @@ pub(crate) struct SlotSeat {
     /// Of the generation that lives here, or lived last.
     asking: Mutex<Option<Arc<Asking>>>,
     /// Closed when the last of supervisor and generation lets go, which is after a drain has begun.
-    listeners: Mutex<Option<Arc<Vec<Listener>>>>,
+    listeners: Mutex<Held>,
+}
+
+/// The listeners of a slot, until the supervisor lets go of them; and then for as long as a generation has them.
+#[derive(Clone)]
+struct Held {
+    ours: Option<Arc<Vec<Listener>>>,
+    anybodys: Weak<Vec<Listener>>,
 }
 
 impl SlotSeat {
@@ -124,6 +131,7 @@ impl SlotSeat {
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
         let Common { settings, factory, components, blocking, lookout, ready } = common;
+        let listeners = Arc::new(listeners);
         Ok(Arc::new(Self {
             slot,
             cpu,
@@ -142,7 +150,7 @@ impl SlotSeat {
             occupant: Mutex::new(None),
             given_up: AtomicBool::new(false),
             asking: Mutex::new(None),
-            listeners: Mutex::new(Some(Arc::new(listeners))),
+            listeners: Mutex::new(Held { anybodys: Arc::downgrade(&listeners), ours: Some(listeners) }),
         }))
     }
 
@@ -170,7 +178,7 @@ impl SlotSeat {
             occupant: Mutex::new(None),
             given_up: AtomicBool::new(false),
             asking: Mutex::new(None),
-            listeners: Mutex::new(self.listeners()),
+            listeners: Mutex::new(self.held().clone()),
         }))
     }
 
@@ -223,12 +231,21 @@ impl SlotSeat {
 
     /// The slot's listeners, until the server stops.
     pub(crate) fn listeners(&self) -> Option<Arc<Vec<Listener>>> {
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.held().ours.clone()
+    }
+
+    /// The slot's listeners, if anybody has them still: the supervisor, or a generation that has not emptied their queues.
+    pub(crate) fn held_listeners(&self) -> Option<Arc<Vec<Listener>>> {
+        self.held().anybodys.upgrade()
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets go of the listeners: a generation that accepts from them still holds on until it has emptied their queues.
     pub(crate) fn release_listeners(&self) {
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.held().ours.take();
     }
 
     pub(crate) fn full(&self, generation: u64, full: bool) {

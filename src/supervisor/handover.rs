@@ -112,6 +112,12 @@ impl Handover {
         heir.into_iter().chain(notifier).min()
     }
 
+    /// Whether the listeners are another's, too: of the process that has taken over, or of the service manager, which opened
+    /// them or keeps them for the next process.
+    pub(super) fn others_have_listeners(&self) -> bool {
+        self.is_over || self.notifier.is_some() || self.addresses.iter().any(|(_, activated)| *activated > 0)
+    }
+
     /// How many executors the process wants to run that this one takes over from.
     pub(crate) fn predecessors_executors(&self) -> Option<NonZeroU16> {
         self.inheritance.predecessor.as_ref()?.executors()

@@ -7,6 +7,7 @@ mod exit;
 mod fall;
 pub(crate) mod handover;
 mod late;
+mod listeners;
 mod load;
 pub(crate) mod policy;
 pub(crate) mod post;
@@ -579,17 +580,6 @@ impl Supervisor {
         }
     }
 
-    /// From here on nothing keeps a listener open but the generation that still empties its queue.
-    fn let_go_of_listeners(&mut self) {
-        // What waits where nobody accepts goes to those that are about to drain.
-        self.rescue();
-        self.left_alone.clear();
-        self.steer.end();
-        self.arm_rescue();
-        self.seats.iter().for_each(|seat| seat.release_listeners());
-        self.former_seats().for_each(|seat| seat.release_listeners());
-    }
-
     /// Lets handles and handlers see whether the server is fit to take traffic.
     fn show_readiness(&self, ready: bool) {
         // After a hand-over, who asks over a connection that was kept means the address, and another process serves it.
@@ -642,7 +632,7 @@ impl Supervisor {
 
     /// Gives back what can be; what everybody is told who waits for the end.
     fn exit(&mut self, outcome: Outcome, inbox: &PostBox) -> Result<Exit, Error> {
-        self.let_go_of_listeners();
+        self.end_listeners();
         self.show();
         // Whoever still holds a token gets answers, and keeps no descriptor open.
         self.seats.iter().chain(self.former_seats()).for_each(|seat| seat.inbox.close());

@@ -26,7 +26,8 @@ pub enum AcceptFailure {
 /// Sorts an error of [`accept`] by what the accepting loop should do, after accept(2).
 pub fn classify_accept(error: &io::Error) -> AcceptFailure {
     match error.raw_os_error() {
-        Some(libc::EAGAIN) => AcceptFailure::Empty,
+        // EINVAL: it has been shut down, so that nothing will come any more.
+        Some(libc::EAGAIN | libc::EINVAL) => AcceptFailure::Empty,
         // Pending network errors are passed on by accept(2) on Linux. EPERM is a firewall's answer.
         Some(
             libc::ECONNABORTED
@@ -172,6 +173,13 @@ pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
 pub fn shutdown_number(number: RawFd) -> io::Result<()> {
     // SAFETY: takes no memory; a number that is no open socket is answered with an error.
     check(unsafe { libc::shutdown(number, libc::SHUT_RDWR) })
+}
+
+/// Ends a listener, whoever else holds it open: what waits in its queue is reset, and new clients are refused. `ENOTCONN`
+/// when it has been.
+pub fn shutdown_listener(listener: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: takes no memory; the descriptor is open for as long as it is borrowed.
+    check(unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) })
 }
 
 /// Connections waiting in a listener's accept queue, and the most it holds (backlog).
@@ -388,16 +396,29 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_that_is_shut_down_refuses_whoever_else_holds_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let another = listener.try_clone().unwrap();
+        shutdown_listener(listener.as_fd()).unwrap();
+        assert_eq!(TcpStream::connect(address).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(classify_accept(&accept(another.as_fd()).unwrap_err()), AcceptFailure::Empty);
+        assert_eq!(shutdown_listener(another.as_fd()).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+    }
+
+    #[test]
     fn accept_failures_are_sorted_by_what_to_do() {
         let of = |errno| classify_accept(&io::Error::from_raw_os_error(errno));
-        assert_eq!(of(libc::EAGAIN), AcceptFailure::Empty);
+        for errno in [libc::EAGAIN, libc::EINVAL] {
+            assert_eq!(of(errno), AcceptFailure::Empty);
+        }
         for errno in [libc::ECONNABORTED, libc::EPROTO, libc::ENETDOWN, libc::EPERM] {
             assert_eq!(of(errno), AcceptFailure::Connection);
         }
         for errno in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM] {
             assert_eq!(of(errno), AcceptFailure::Resources);
         }
-        for errno in [libc::EBADF, libc::EINVAL, libc::ENOTSOCK, libc::EFAULT] {
+        for errno in [libc::EBADF, libc::ENOTSOCK, libc::EFAULT] {
             assert_eq!(of(errno), AcceptFailure::Fatal);
         }
         assert_eq!(classify_accept(&io::Error::other("not from the system")), AcceptFailure::Fatal);

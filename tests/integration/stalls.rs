@@ -1,10 +1,12 @@
 //! An executor whose handler does not give the thread back: who is served meanwhile, and by whom.
 
+use std::io::ErrorKind;
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 
-use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Stop, service_fn};
+use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Server, Stop, service_fn};
 
 use crate::support::{BOUND, Client, Gate, Site, alone, eventually, local, settle, spawn};
 
@@ -165,6 +167,49 @@ fn a_drain_does_not_wait_for_an_executor_that_hung_and_was_replaced() {
     let exit = settle(site.stop(Stop::Drain(100 * BOUND))).expect("it stops");
     assert_eq!(exit.abandoned, 1, "its thread hangs all the same");
     block.end();
+}
+
+/// The ring of its thread holds the listener, whoever else closes it.
+#[test]
+fn in_a_drain_new_clients_of_an_executor_that_is_stalled_are_refused_and_those_in_its_queue_answered() {
+    let (site, block) = site(local(2));
+    let (mut victim, executor) = block_one(&site, &block);
+    eventually("it is stalled", || state(&site, executor) == ExecutorState::Stalled);
+    let mut waiting: Vec<Client> = (0..20).map(|_| site.connect()).collect();
+    let order = site.stop(Stop::Drain(100 * BOUND));
+    for client in &mut waiting {
+        assert_ne!(who(client).0, executor, "it is blocked");
+    }
+    eventually("nobody is accepted", || refuses(&site));
+    assert_eq!(state(&site, executor), ExecutorState::Draining, "it has not come back");
+    block.end();
+    assert!(victim.answer().text().starts_with(&executor.to_string()));
+    assert!(settle(order).expect("it stops").drained);
+}
+
+#[test]
+fn an_address_is_free_when_a_server_has_ended_whose_executors_hang() {
+    let hang = Some(Duration::from_millis(300));
+    let (site, block) = site(local(3).hang(HangPolicy::Replace, hang).stop_grace(Duration::from_secs(1)));
+    // One that is replaced before, and one that nobody has found yet when the server is told to stop.
+    let (mut replaced, _) = block_one(&site, &block);
+    replaced.expect_end();
+    eventually("another is in its place", || site.stats().executors.iter().any(|executor| executor.generation == 2));
+    let _victim = block_one(&site, &block);
+    let address = site.address();
+    assert_eq!(settle(site.stop(Stop::Now)).expect("it stops").abandoned, 2);
+    assert!(refuses(&site), "nobody is there any more");
+    let next = Site::start(
+        Server::builder().listen(address).executors(2).serve(async |_| Ok(service_fn(crate::support::echo))),
+    );
+    for _ in 0..20 {
+        assert_eq!(next.connect().get("/").status, 200);
+    }
+    block.end();
+}
+
+fn refuses(site: &Site) -> bool {
+    TcpStream::connect(site.address()).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
 /// Generation 1 and then generation 2 of the only executor hang. The first thread comes back in the meantime: it takes

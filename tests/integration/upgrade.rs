@@ -95,6 +95,25 @@ fn upgrades_in_a_row_lose_no_connection() {
     assert!(served.load(Ordering::Relaxed) > 10);
 }
 
+/// The old process ends a stalled executor's listener only where nobody else has it.
+#[test]
+fn while_an_executor_is_stalled_an_upgrade_loses_no_connection() {
+    let mut server = spawn(&[], &["--executors", "2", "--chaos"]);
+    let mut stalled = server.connect();
+    stalled.ask("/chaos/spin?ms=3000");
+    server.wait_for_line("an executor is stalled");
+    server.signal(libc::SIGUSR2);
+    let heir = Heir::of(&mut server);
+    for _ in 0..40 {
+        assert_eq!(server.connect().get("/").status, 200, "whoever answers");
+    }
+    assert_eq!(stalled.answer().status, 200, "its turn was over in time");
+    assert_eq!(server.wait_alone(), Some(0));
+    for _ in 0..40 {
+        assert_eq!(who(&mut server.connect()), heir.0);
+    }
+}
+
 /// The executors that run, by the names of their threads.
 fn executors(process: u32) -> usize {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it lives").flatten();
