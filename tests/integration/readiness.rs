@@ -77,7 +77,7 @@ fn a_stall_counts_against_readiness_after_the_time_that_was_given() {
     let server = spawn(&[], &flags);
     assert_eq!(probe(&server, "/ready"), ready());
     let mut stalled = server.connect();
-    stalled.ask("/chaos/block?ms=600000");
+    stalled.ask("/chaos/block?ms=60000");
     eventually("one that is stalled is too many", || probe(&server, "/ready") == not_ready());
 }
 

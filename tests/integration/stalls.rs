@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 
-use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Server, Stop, service_fn};
+use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Scaling, Server, Stop, service_fn};
 
 use crate::support::{BOUND, Client, Gate, Site, alone, eventually, local, settle, spawn};
 
@@ -166,6 +166,23 @@ fn a_drain_does_not_wait_for_an_executor_that_hung_and_was_replaced() {
     });
     let exit = settle(site.stop(Stop::Drain(100 * BOUND))).expect("it stops");
     assert_eq!(exit.abandoned, 1, "its thread hangs all the same");
+    block.end();
+}
+
+/// By their number alone: a stalled executor counts as busy all of the time, and here that is not too much.
+#[test]
+fn connections_that_wait_to_be_accepted_bring_another_executor() {
+    let mut scaling = Scaling::default();
+    (scaling.period, scaling.high) = (Duration::from_millis(20), 1.0);
+    scaling.emergency_queue = 5;
+    let (site, block) = site(local(1).executors(1..=2).scaling(scaling));
+    let (_victim, executor) = block_one(&site, &block);
+    eventually("it is stalled", || is_set_aside(&site, executor));
+    assert_eq!(state(&site, 1 - executor), ExecutorState::Idle, "nobody waits yet");
+    let mut waiting: Vec<Client> = (0..10).map(|_| site.connect()).collect();
+    for client in &mut waiting {
+        assert_ne!(who(client).0, executor, "it is blocked");
+    }
     block.end();
 }
 

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::support::{BOUND, Client, Process, spawn};
 
@@ -30,6 +31,21 @@ impl Manager {
             let message = String::from_utf8_lossy(&buffer[..length]).into_owned();
             if !message.starts_with("STATUS=") {
                 return message;
+            }
+        }
+    }
+
+    /// Waits for this message.
+    #[track_caller]
+    fn hears(&self, expected: &str) {
+        let mut heard = Vec::new();
+        loop {
+            let mut buffer = [0; 1000];
+            let received = self.socket.recv(&mut buffer);
+            let length = received.unwrap_or_else(|error| panic!("no {expected:?} but {heard:?}, and then {error}"));
+            heard.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+            if heard.last().is_some_and(|message| message == expected) {
+                return;
             }
         }
     }
@@ -77,6 +93,68 @@ fn the_watchdog_hears_from_the_supervisor() {
     let mut heard: Vec<String> = (0..4).map(|_| manager.heard()).collect();
     heard.retain(|message| message != "READY=1");
     assert_eq!(heard, ["WATCHDOG=1"; 3]);
+}
+
+/// A thread of another process that stands still for as long as this lives, while the others of that process go on.
+struct Stopped(i32);
+
+impl Stopped {
+    fn thread(process: u32, name: &str) -> Self {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("it lives").flatten();
+        let is_it = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)
+        };
+        let task = { tasks }.find(is_it).unwrap_or_else(|| panic!("no thread {name}"));
+        let id: i32 = task.file_name().to_string_lossy().parse().expect("threads have numbers");
+        let nothing = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: takes no memory; attaches to a thread of our own child and stops it.
+        let stopped = unsafe {
+            libc::ptrace(libc::PTRACE_SEIZE, id, nothing, nothing) == 0
+                && libc::ptrace(libc::PTRACE_INTERRUPT, id, nothing, nothing) == 0
+        };
+        assert!(stopped, "{}", std::io::Error::last_os_error());
+        // SAFETY: without a place for the status it takes no memory.
+        assert_eq!(unsafe { libc::waitpid(id, std::ptr::null_mut(), libc::__WALL) }, id);
+        Self(id)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let nothing = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: takes no memory; lets go of a thread that this one has attached to.
+        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, nothing, nothing) };
+    }
+}
+
+#[test]
+fn the_watchdog_hears_nothing_while_the_supervisor_stands_still_though_executors_answer() {
+    const PERIOD: Duration = Duration::from_millis(200);
+    let manager = Manager::new("silent");
+    let period = format!("WATCHDOG_USEC={}", PERIOD.as_micros());
+    let server = spawn(&["env", &manager.variable(), &period], &["--executors", "1"]);
+    while manager.heard() != "WATCHDOG=1" {}
+    let stopped = Stopped::thread(server.id(), "ringleader-sup");
+    manager.socket.set_nonblocking(true).expect("it is a socket");
+    while manager.socket.recv(&mut [0; 1000]).is_ok() {}
+    for _ in 0..5 {
+        assert_eq!(server.connect().get("/").status, 200);
+        std::thread::sleep(PERIOD);
+        assert!(manager.socket.recv(&mut [0; 1000]).is_err(), "who speaks for a supervisor that stands still?");
+    }
+    manager.socket.set_nonblocking(false).expect("it is a socket");
+    drop(stopped);
+    assert_eq!(manager.heard(), "WATCHDOG=1", "it goes round again");
+}
+
+#[test]
+fn the_status_says_how_many_executors_serve_and_how_many_are_stalled() {
+    let manager = Manager::new("status");
+    let server = spawn(&["env", &manager.variable()], &["--executors", "3", "--chaos"]);
+    manager.hears("STATUS=3 executors serve, 0 connections, 0 stalled, 0 quarantined");
+    let mut stalled = server.connect();
+    stalled.ask("/chaos/block?ms=60000");
+    manager.hears("STATUS=2 executors serve, 1 connections, 1 stalled, 0 quarantined");
 }
 
 #[test]
