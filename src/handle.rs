@@ -203,7 +203,7 @@ impl ExecutorStats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Whether the server is fit to take traffic.
+    /// Whether the server is fit to take traffic, by [`Builder::readiness`](crate::Builder::readiness).
     pub ready: bool,
     /// Threads of executors that hung and were left behind; what they held stays held until they come back.
     pub threads_leaked: u64,
@@ -416,7 +416,8 @@ impl Handle {
         order
     }
 
-    /// Orders a stop. A second order during a drain makes it stop at once if it says [`Stop::Now`].
+    /// Orders a stop. A second order during a drain makes it stop at once if it says [`Stop::Now`]; another drain changes
+    /// nothing, nor does its limit: the first one's stands, and the log says so.
     ///
     /// ```
     /// use std::time::Duration;

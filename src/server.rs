@@ -44,10 +44,6 @@ use crate::{BoxError, Error};
 
 pub use address::Listen;
 
-/// How long a turn may take until new connections go elsewhere, where the steering program sees heartbeats: as long as
-/// 64 busy executors on two CPUs may have to wait for each other.
-const STALE_AFTER: Duration = Duration::from_millis(20);
-
 /// How the kernel chooses the executor of a new connection.
 ///
 /// ```
@@ -126,6 +122,7 @@ pub struct Builder {
     cpus: Option<Vec<usize>>,
     steering: Steering,
     policy: policy::Config,
+    stale_after: Duration,
     connections_max: Option<u64>,
     descriptors_per_connection: u64,
     backlog: u32,
@@ -186,6 +183,13 @@ impl fmt::Debug for Builder {
             .debug_struct("Builder")
             .field("name", &self.name)
             .field("listen", &self.listen)
+            .field("executors", &self.executors)
+            .field("steering", &self.steering)
+            .field("policy", &self.policy)
+            .field("panics", &self.panics)
+            .field("escalation", &self.escalation)
+            .field("overload", &self.overload)
+            .field("http", &self.http)
             .finish_non_exhaustive()
     }
 }
@@ -199,6 +203,7 @@ impl Builder {
             cpus: None,
             steering: Steering::default(),
             policy: policy::Config::default(),
+            stale_after: steering::STALE_AFTER,
             connections_max: None,
             descriptors_per_connection: 1,
             backlog: 4096,
@@ -259,7 +264,9 @@ impl Builder {
         self
     }
 
-    /// Connections open at once on one executor, 1 at least; more wait in the kernel's queue. Default: what the process's limit on
+    /// Connections open at once on one executor, 1 at least. When it has so many, new ones are steered to others and what
+    /// waits in its queue is handed to them; where all are full they wait for a place in the kernel's queue, and after a
+    /// second they are closed unanswered, since a client that waits without end learns nothing. Default: what the process's limit on
     /// open files leaves to each executor.
     pub fn connections_max(mut self, count: u64) -> Self {
         self.connections_max = Some(count);
@@ -577,7 +584,7 @@ impl Builder {
             policy.slots_start = handover.predecessors_executors().map_or(policy.slots_min, NonZeroU16::get);
         }
         // Passing an executor over costs nothing, so it is done sooner than anything else is made of a long turn.
-        let stale_after = STALE_AFTER.min(policy.stall_limit);
+        let stale_after = self.stale_after.min(policy.stall_limit);
         supervisor::Supervision {
             name: self.name.clone(),
             policy,

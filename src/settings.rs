@@ -147,7 +147,8 @@ pub struct Escalation {
     /// One more than this many within [`within`](Self::within) and the generation ends, as if the last one had escaped. Not
     /// again for [`RestartPolicy::quarantine_window`](crate::RestartPolicy::quarantine_window), 30 s: those that a restart
     /// does not help against are only contained.
-    /// 100; 10,000 at most.
+    /// 100: with handlers that panic once in a thousand, an executor that serves 10,000 a second; 10,000 at most, since the
+    /// time of each is kept.
     pub panics_max: u32,
     /// 10 s. Erlang's supervisors have the same pair, `intensity` and `period`, with 1 in 5 s; but theirs counts
     /// processes that died with their state, here each is a connection, and somebody who found a request that panics

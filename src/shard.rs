@@ -102,7 +102,8 @@ impl Shard {
     }
 
     /// Whether the server is fit to take traffic: what a load balancer's probe wants to know. False until every executor
-    /// has started; while no executor serves, or more than half of them are stalled or quarantined; and from an order to
+    /// has started; while no executor serves, or too many of them are stalled or quarantined
+    /// ([`Builder::readiness`](crate::Builder::readiness): more than half); and from an order to
     /// drain on, of which [`Builder::drain_delay`](crate::Builder::drain_delay) is the time for a load balancer to notice.
     ///
     /// The same as [`Stats::ready`](crate::Stats::ready), but for one thing: it stays true in a process whose addresses
@@ -208,7 +209,7 @@ impl Shard {
     ///
     /// A panic in the closure becomes the error, and costs nothing else. Dropping the [`Blocking`], which the end of the
     /// generation does too, takes the closure not back: it runs to its end, and its result is dropped on its thread. When
-    /// the server stops, closures that wait are dropped, and those that run have until the drain's deadline (5 s when
+    /// the server stops, closures that wait are dropped, and those that run have until the drain's deadline ([`Builder::stop_grace`](crate::Builder::stop_grace), 5 s, when
     /// there is no drain); then their threads are left behind and counted in
     /// [`Exit::abandoned_closures`](crate::Exit::abandoned_closures).
     ///

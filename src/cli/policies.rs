@@ -212,16 +212,55 @@ mod tests {
         policies: Policies,
     }
 
+    /// What a builder makes of these flags.
+    fn built(flags: &[&str]) -> String {
+        let policies = Alone::parse_from([&["serve"], flags].concat()).policies;
+        match policies.apply(ringleader::Server::builder()) {
+            Ok(builder) => format!("{builder:#?}"),
+            Err(_) => panic!("they go together: {flags:?}"),
+        }
+    }
+
     /// Two places have them: the help names them, and embedders get them.
     #[test]
     fn the_flags_defaults_are_the_librarys() {
-        let policies = Alone::parse_from(["serve"]).policies;
-        let Ok(restart) = policies.restart() else { panic!("they go together") };
-        assert_eq!(restart, RestartPolicy::default());
-        assert_eq!(policies.scaling(), Scaling::default());
-        let readiness = ReadinessPolicy::default();
-        assert_eq!((policies.unfit_max, policies.stalled_after), (readiness.unfit_max, readiness.stalled_after));
-        let escalation = Escalation::default();
-        assert_eq!((policies.escalate_after, policies.escalate_window), (escalation.panics_max, escalation.within));
+        assert_eq!(built(&[]), format!("{:#?}", ringleader::Server::builder()));
+    }
+
+    #[test]
+    fn each_flag_changes_its_setting_and_no_other() {
+        for (flag, value, line) in [
+            ("--restart-delay", "7", "backoff_base: 7ms"),
+            ("--restart-delay-max", "7", "backoff_max: 7s"),
+            ("--restart-jitter", "0.7", "jitter: 0.7"),
+            ("--healthy-after", "7", "healthy_after: 7s"),
+            ("--quarantine-after", "7", "quarantine_after: 7"),
+            ("--quarantine-window", "7", "quarantine_window: 7s"),
+            ("--leaked-max", "7", "leaked_max: 7"),
+            ("--on-panic", "restart", "panics: Restart"),
+            ("--escalate-after", "7", "panics_max: 7"),
+            ("--escalate-window", "7", "within: 7s"),
+            ("--start-timeout", "7", "start_timeout: 7s"),
+            ("--stop-grace", "7", "stop_grace: 7s"),
+            ("--standstill-limit", "7", "standstill_limit: 7s"),
+            ("--unfit-max", "0.7", "unfit_max: 0.7"),
+            ("--stalled-after", "7", "stalled_after: 7s"),
+            ("--scale-period", "7", "period: 7s"),
+            ("--scale-high", "0.9", "high: 0.9"),
+            ("--scale-low", "0.1", "low: 0.1"),
+            ("--scale-up-after", "7", "up_after: 7"),
+            ("--scale-down-after", "7", "down_after: 7"),
+            ("--scale-reversal-penalty", "7", "reversal_penalty: 7"),
+            ("--scale-emergency-queue", "7", "emergency_queue: 7"),
+            ("--scale-emergency-after", "7", "emergency_after: 7"),
+            ("--scale-emergency-step", "7", "emergency_step: 7"),
+            ("--scale-step-up", "7", "step_up: 7"),
+            ("--scale-step-down", "7", "step_down: 7"),
+        ] {
+            let (before, after) = (built(&[]), built(&[flag, value]));
+            let changed: Vec<&str> =
+                before.lines().zip(after.lines()).filter(|(old, new)| old != new).map(|(_, new)| new.trim()).collect();
+            assert_eq!(changed, [format!("{line},")], "{flag}");
+        }
     }
 }

@@ -95,6 +95,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
     stall_limit: u64,
 
+    /// Milliseconds that one turn may take, 1 at least and a day at most, until new connections pass over its executor where
+    /// steering is by eBPF; what is above --stall-limit is that
+    #[arg(long, value_name = "MS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
+    stale_after: u64,
+
     /// Seconds after which a stalled executor is held to hang; 0 is never
     #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = parse_seconds)]
     hang_timeout: f64,
@@ -281,6 +286,7 @@ fn builder(arguments: &Arguments) -> Result<ringleader::Builder, Failure> {
         .drain_timeout(Duration::from_secs_f64(arguments.drain_timeout))
         .drain_delay(Duration::from_secs_f64(arguments.drain_delay))
         .stall_limit(Duration::from_millis(arguments.stall_limit))
+        .stale_after(Duration::from_millis(arguments.stale_after))
         .hang(
             match arguments.on_hang {
                 OnHang::Replace => HangPolicy::Replace,

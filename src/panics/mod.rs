@@ -14,7 +14,9 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::panic::{self, PanicHookInfo};
 use std::sync::{Arc, Once};
+use std::time::Instant;
 
+use lines::{Lines, More};
 use trace::Trace;
 
 const NOT_TEXT: &str = "a panic with a payload that is not text";
@@ -30,6 +32,8 @@ thread_local! {
     static OURS: Cell<bool> = const { Cell::new(false) };
     /// The latest panic of this thread that nobody has reported yet.
     static NOTE: RefCell<Option<Panic>> = const { RefCell::new(None) };
+    /// Which of those that were not caught by the library are logged.
+    static MISSED: RefCell<Lines> = RefCell::default();
 }
 
 /// A caught panic.
@@ -86,9 +90,8 @@ pub(crate) fn caught(payload: Box<dyn Any + Send>) -> Panic {
         Some(note) if note.message == message => note,
         other => {
             // A panic that somebody caught before, and then this one, which passed no hook (`resume_unwind`).
-            other.iter().for_each(report_missed);
-            if let Some(backtrace) = other.and_then(|panic| panic.backtrace) {
-                trace::log_apart(backtrace);
+            if let Some(other) = other {
+                report_missed(other);
             }
             Panic::of(message)
         }
@@ -111,8 +114,9 @@ fn text_of(payload: &(dyn Any + Send)) -> &str {
 /// library's, prints each of those panics as well. The library never calls this by itself. Call it once, at the start
 /// of the program, after a hook of your own is installed; more calls do nothing.
 ///
-/// With `RUST_BACKTRACE=1` a panic that ends a generation is logged with its backtrace. A panic that code of yours catches
-/// by itself is not logged, unless another one follows while it is unwinding.
+/// With `RUST_BACKTRACE=1` a panic that ends a generation is logged with its backtrace. Of panics that code of yours catches by
+/// itself (tower-http's `CatchPanic`) the latest is not logged; those before it are, as followed by another, since nobody may
+/// have caught them: a few of each place at once, and then one a second, which says how many it stands for.
 ///
 /// ```
 /// tracing_subscriber::fmt().init();
@@ -140,27 +144,43 @@ fn note(info: &PanicHookInfo<'_>) {
     let aborts = LAST_WORDS.contains(&note.message.as_str());
     let earlier = NOTE.try_with(|kept| kept.replace((!aborts).then(|| note.clone()))).ok().flatten();
     // Two in a row and nobody has come by to catch the first: it may be that nobody ever will.
-    earlier.iter().for_each(report_missed);
     if aborts {
-        // No other thread would come to it.
-        if let Some(backtrace) = earlier.and_then(|panic| panic.backtrace) {
-            tracing::error!("its backtrace:\n{backtrace}");
+        if let Some(earlier) = earlier {
+            log_missed(&earlier, None);
+            // No other thread would come to it.
+            if let Some(backtrace) = earlier.backtrace {
+                tracing::error!("its backtrace:\n{backtrace}");
+            }
         }
         let thread = std::thread::current();
         tracing::error!(
             thread = thread.name().unwrap_or("?"),
             "{note}: a drop panicked while a panic unwound its frame, or foreign code was unwound into; the process aborts"
         );
-    } else if let Some(backtrace) = earlier.and_then(|panic| panic.backtrace) {
+    } else if let Some(earlier) = earlier {
+        report_missed(earlier);
+    }
+}
+
+/// Logs a panic that was not caught by the library before the next one came, unless its place has had its share of lines:
+/// code that catches its own may have any number of them.
+fn report_missed(panic: Panic) {
+    let note = |lines: &RefCell<Lines>| lines.try_borrow_mut().ok()?.note(panic.site(), Instant::now());
+    let Some(more) = MISSED.try_with(note).ok().flatten() else { return };
+    log_missed(&panic, more);
+    if let Some(backtrace) = panic.backtrace {
         trace::log_apart(backtrace);
     }
 }
 
-/// Logs a panic that was not caught by the library before the next one came.
-fn report_missed(panic: &Panic) {
+fn log_missed(panic: &Panic, more: Option<More>) {
     let thread = std::thread::current();
+    let thread = thread.name().unwrap_or("?");
     let place = panic.place.as_deref();
-    tracing::error!(thread = thread.name().unwrap_or("?"), place, "a panic, followed by another: {}", panic.message);
+    if let Some(more) = more {
+        tracing::error!(thread, place, "{more}");
+    }
+    tracing::error!(thread, place, "a panic, followed by another: {}", panic.message);
 }
 
 #[cfg(test)]

@@ -19,8 +19,10 @@ const HEADERS_MAX: usize = 10_000;
 const BLOCKING_THREADS_MAX: usize = 32_768;
 /// A response says it in seconds; no client waits for longer than a day.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(86_400);
-/// What an executor that is well may need, on a machine with other things to do; and the supervisor.
-const PATIENCE_MIN: Duration = Duration::from_millis(10);
+/// What an executor that is well may need for a turn: the default of `stall_limit`.
+const STOP_GRACE_MIN: Duration = Duration::from_millis(100);
+/// What the supervisor may be late by, on a machine with other things to do.
+const STANDSTILL_LIMIT_MIN: Duration = Duration::from_millis(10);
 /// Of a turn: the watchdog does not look more closely.
 const STALL_LIMIT_MIN: Duration = Duration::from_millis(1);
 
@@ -94,6 +96,7 @@ impl Builder {
         let unlimited = "give it some time; `Duration::MAX` is no limit";
         holds(!policy.upgrade_timeout.is_zero(), "`upgrade_timeout`", policy.upgrade_timeout, unlimited)?;
         holds(policy.stall_limit >= STALL_LIMIT_MIN, "`stall_limit`", policy.stall_limit, "1 ms is the least")?;
+        holds(self.stale_after >= STALL_LIMIT_MIN, "`stale_after`", self.stale_after, "1 ms is the least")?;
         let hang = policy.hang_timeout;
         holds(hang != Some(Duration::ZERO), "the time of `hang`", hang, "give it some time; `None` is never")?;
         let restart = &policy.restart;
@@ -105,9 +108,9 @@ impl Builder {
         let one = "give 1 at least: each is a thread that nobody can end";
         holds(restart.leaked_max > 0, "`RestartPolicy::leaked_max`", restart.leaked_max, one)?;
         part("`ReadinessPolicy::unfit_max`", policy.readiness.unfit_max)?;
-        holds(policy.stop_grace >= PATIENCE_MIN, "`stop_grace`", policy.stop_grace, "10 ms is the least")?;
+        holds(policy.stop_grace >= STOP_GRACE_MIN, "`stop_grace`", policy.stop_grace, "100 ms is the least")?;
         let least = "10 ms is the least; `Duration::MAX` is never";
-        holds(policy.standstill_limit >= PATIENCE_MIN, "`standstill_limit`", policy.standstill_limit, least)?;
+        holds(policy.standstill_limit >= STANDSTILL_LIMIT_MIN, "`standstill_limit`", policy.standstill_limit, least)?;
         let within = self.escalation.map_or(Duration::MAX, |escalation| escalation.within);
         holds(!within.is_zero(), "`Escalation::within`", within, "give it some time; `escalation(None)` is never")
     }

@@ -19,13 +19,16 @@ impl Builder {
         self
     }
 
-    /// The start-up closure's time, which is some. Default 30 s.
+    /// The start-up closure's time, which is some. Default 30 s: an executor is up in milliseconds, the rest is for what the
+    /// closure opens and reads, and it is well within the 90 s that systemd grants a service.
     pub fn start_timeout(mut self, limit: Duration) -> Self {
         self.policy.start_timeout = limit;
         self
     }
 
-    /// How long a drain ordered by a signal may take. Default 30 s; 0 cuts off what is in flight.
+    /// How long a drain ordered by a signal may take; and that of an executor that is scaled down, and of the old process
+    /// after an upgrade. Default 30 s, as gunicorn's `graceful_timeout` and what Kubernetes grants a pod; 0 cuts off what is
+    /// in flight.
     pub fn drain_timeout(mut self, limit: Duration) -> Self {
         self.policy.drain_deadline = limit;
         self
@@ -51,9 +54,10 @@ impl Builder {
     }
 
     /// How long an executor that is told to stop at once may take, as at the end of a drain's time, until its thread is left
-    /// behind; and blocking closures after a stop that was not a drain, and a successor that was killed. Default 5 s: an
-    /// executor drops its connections in well under a millisecond, so that is for a handler in a computation or a system
-    /// call. At least 10 ms.
+    /// behind; and blocking closures after a stop that was not a drain, and a successor that was killed. Nothing shortens
+    /// it: be above the longest turn there may be, and below what the service manager allows. Default 5 s: an executor drops
+    /// its connections in well under a millisecond, so that is for a handler in a computation or a system call. At least
+    /// 100 ms.
     ///
     /// ```
     /// use std::time::Duration;
@@ -69,7 +73,8 @@ impl Builder {
     }
 
     /// How late the supervisor has to be for the whole process to have stood still: stopped by a signal, on a machine that
-    /// was paused, or without CPU. What starts, drains or stops then has its time once more, since it could not use it.
+    /// was paused, or without CPU. What starts, stops, is scaled down, hangs or takes over has its time once more
+    /// then, since it could not use it; the drain of the server keeps its deadline.
     /// Default 1 s, ten times that of [`Builder::stall_limit`]; at least 10 ms; `Duration::MAX` is never.
     ///
     /// ```
@@ -92,14 +97,32 @@ impl Builder {
     }
 
     /// How long one turn of an executor may take. Beyond it the executor is stalled: new connections go to others, and
-    /// those in its queue are handed to others. Default 100 ms, at least 1 ms.
+    /// those in its queue are handed to others. Default 100 ms: what a user takes for at once, and far above what a busy
+    /// machine keeps a thread waiting. At least 1 ms.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
         self.policy.stall_limit = limit;
         self
     }
 
+    /// How long a turn may take until new connections pass over its executor, where steering is by eBPF: it reads the
+    /// executors' heartbeats itself, and being passed over costs an executor nothing. Default 20 ms: as long as 64 busy
+    /// executors on two CPUs may have to wait for each other. At least 1 ms; what is above [`Builder::stall_limit`] is that.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use ringleader::Server;
+    ///
+    /// // Handlers compute for up to 50 ms: that is no reason to pass over their executor.
+    /// let builder = Server::builder().stale_after(Duration::from_millis(60));
+    /// # let _ = builder;
+    /// ```
+    pub fn stale_after(mut self, limit: Duration) -> Self {
+        self.stale_after = limit;
+        self
+    }
+
     /// What becomes of an executor that has been stalled for `after`: a handler that never returns. Default: replaced
-    /// after 30 s. `None` is never, and so is [`HangPolicy::Ignore`].
+    /// after 30 s, as gunicorn's `timeout`. `None` is never, and so is [`HangPolicy::Ignore`].
     ///
     /// ```
     /// use std::time::Duration;

@@ -39,6 +39,10 @@ use extended::Extended;
 /// kernel takes.
 pub const SLOTS_MAX: u16 = 1024;
 
+/// A heartbeat this old is stale, by default: an executor's turn takes microseconds, and 64 busy ones on two CPUs may have to
+/// wait for each other for so long.
+pub const STALE_AFTER: Duration = Duration::from_millis(20);
+
 /// A slot's part of the new connections: its weight over the sum of all weights. None with weight 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Share {

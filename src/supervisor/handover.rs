@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::policy::{Event, SlotState, UpgradeRefusal};
@@ -44,6 +45,8 @@ pub(crate) struct Handover {
     reloading: Reloading,
     /// The start is over.
     serves: bool,
+    /// This process is to take over from another, which has not acted upon it yet: should this one fail, it goes on.
+    predecessor_serves: bool,
     /// A stop has been ordered.
     stopping: bool,
     /// Who has asked for an upgrade and has no answer yet, the oldest first; `None` for a signal.
@@ -86,6 +89,7 @@ impl Handover {
         Self {
             launch,
             addresses,
+            predecessor_serves: inheritance.predecessor.is_some(),
             inheritance,
             notifier,
             status_due: Instant::now(),
@@ -112,15 +116,21 @@ impl Handover {
         heir.into_iter().chain(notifier).min()
     }
 
-    /// Whether the listeners are another's, too: of the process that has taken over, or of the service manager, which opened
-    /// them or keeps them for the next process.
+    /// Whether the listeners are another's, too: of the process that has taken over, of the one that this one is to take over
+    /// from, or of the service manager, which opened them or keeps them for the next process.
     pub(super) fn others_have_listeners(&self) -> bool {
-        self.is_over || self.notifier.is_some() || self.addresses.iter().any(|(_, activated)| *activated > 0)
+        let managed = self.notifier.is_some() || self.addresses.iter().any(|(_, activated)| *activated > 0);
+        self.is_over || self.predecessor_serves || managed
     }
 
     /// How many executors the process wants to run that this one takes over from.
     pub(crate) fn predecessors_executors(&self) -> Option<NonZeroU16> {
         self.inheritance.predecessor.as_ref()?.executors()
+    }
+
+    /// Whether a stop has been ordered.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping
     }
 
     /// Whether another process has taken over.
@@ -275,7 +285,11 @@ impl Supervisor {
         let count = |state: SlotState| self.policy.slots().filter(|slot| slot.state == state).count();
         let (serving, stalled) = (count(SlotState::Ready), count(SlotState::Stalled));
         let quarantined = count(SlotState::Quarantined);
-        format!("{serving} executors serve, {open} connections, {stalled} stalled, {quarantined} quarantined")
+        let leaked = match self.shared.threads_leaked.load(Ordering::Relaxed) {
+            0 => String::new(),
+            leaked => format!(", {leaked} threads left behind"),
+        };
+        format!("{serving} executors serve, {open} connections, {stalled} stalled, {quarantined} quarantined{leaked}")
     }
 
     /// Every executor accepts.
@@ -283,11 +297,13 @@ impl Supervisor {
         self.handover.started(self.shared.post.clone());
         self.store_listeners();
         self.handover.serves = true;
+        self.handover.status_due = Instant::now();
         self.reload_again();
     }
 
     /// The old process has acted upon our being ready: this one is the service's main process.
     pub(super) fn taken_over(&mut self) {
+        self.handover.predecessor_serves = false;
         if let Some(notifier) = &mut self.handover.notifier {
             notifier.take_turn();
             notifier.ready();

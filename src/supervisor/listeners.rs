@@ -11,11 +11,10 @@ impl Supervisor {
     /// From here on nothing keeps a listener open but the generation that still empties its queue.
     pub(super) fn let_go_of_listeners(&mut self) {
         // What waits where nobody accepts goes to those that are about to drain.
-        self.left_alone.extend(self.left_behind.keys().map(|(slot, _)| *slot));
-        self.arm_rescue();
+        let emptied = self.rescue_all();
         // Of these, stalled ones above all, nobody knows when they let go.
         let deaf = self.left_alone.drain(..).collect();
-        if !self.rescue.is_blocked() {
+        if emptied {
             self.refuse_at(&deaf);
         }
         self.steer.end();
@@ -23,7 +22,7 @@ impl Supervisor {
         self.seats.iter().chain(self.former_seats()).for_each(|seat| seat.release_listeners());
     }
 
-    /// The same at the end, when nobody will answer what waits.
+    /// The same at the end, when nobody will answer what waits: also of those whose thread was left behind.
     pub(super) fn end_listeners(&mut self) {
         self.let_go_of_listeners();
         self.refuse_at(&self.left_behind.keys().map(|(slot, _)| *slot).collect());

@@ -236,6 +236,13 @@ impl Supervisor {
         match message {
             Message::Report(report) => self.event_of(report),
             Message::Stop(how) => {
+                if self.handover.is_stopping() {
+                    let what = match how {
+                        Stop::Now => "it stops at once",
+                        Stop::Drain(_) => "the first order to drain stands, with its limit",
+                    };
+                    tracing::warn!("a stop was ordered while the server stops: {what}");
+                }
                 self.handover.stopping();
                 Some(match how {
                     Stop::Now => self.stop_at_once(),
@@ -559,15 +566,23 @@ impl Supervisor {
         }
     }
 
-    fn rescue(&mut self) {
+    fn rescue(&mut self) -> u64 {
         if self.rescue.is_empty() {
-            return;
+            return 0;
         }
         let before = self.rescue.rescued();
         let count = self.rescue.run(&self.seats, &self.steer.receivers());
         if count > 0 {
             tracing::debug!(count, before, "connections were rescued from queues that nobody empties");
         }
+        count
+    }
+
+    /// Rescues until nothing is left: whether that came to be. Clients may come faster, but not without end: the steering
+    /// sends them elsewhere.
+    fn rescue_all(&mut self) -> bool {
+        const ROUNDS_MAX: usize = 64;
+        (0..ROUNDS_MAX).any(|_| self.rescue() == 0) && !self.rescue.is_blocked()
     }
 
     fn answer_scale(&mut self, answer: Result<u16, policy::ScaleRefusal>) {

@@ -5,8 +5,8 @@ use super::policy::{NotReady, Quarantine, ScaleRefusal, TargetReason, UpgradeRef
 pub(super) fn not_ready(why: NotReady) -> &'static str {
     match why {
         NotReady::Starting => "not every executor has started yet",
-        NotReady::MostQuarantined => "more than half of the executors are quarantined",
-        NotReady::Stalled => "more than half of the executors are stalled or quarantined",
+        NotReady::MostQuarantined => "too many of the executors are quarantined",
+        NotReady::Stalled => "too many of the executors are stalled or quarantined",
         NotReady::NoActiveSlot => "no executor serves at the moment",
         NotReady::Stopping => "the server stops",
     }

@@ -32,7 +32,7 @@ fn usage_errors_are_explained_and_end_with_status_2() {
         (&["--restart-jitter", "1.5"], &["--restart-jitter", "0 to 1"]),
         (&["--leaked-max", "0"], &["--leaked-max"]),
         (&["--unfit-max", "most"], &["--unfit-max", "0 to 1"]),
-        (&["--stop-grace", "0"], &["stop_grace", "10 ms is the least"]),
+        (&["--stop-grace", "0"], &["stop_grace", "100 ms is the least"]),
         (&["--standstill-limit=-1"], &["--standstill-limit"]),
         (&["--scale-low", "0.8"], &["Scaling::low", "below `high`"]),
         (&["--scale-up-after", "0"], &["--scale-up-after"]),

@@ -1,6 +1,6 @@
 //! Whether the server is fit to take traffic, as load balancers see it.
 
-use crate::support::{Process, eventually, spawn};
+use crate::support::{Client, Process, eventually, spawn};
 
 /// What a probe over a connection of its own is told.
 fn probe(server: &Process, path: &str) -> (u16, String) {
@@ -45,7 +45,7 @@ fn with_more_than_half_of_the_executors_quarantined_probes_fail_and_with_all_the
     eventually("the others are asked", || probe(&server, "/ready") == ready());
     let mut second = server.connect();
     second.ask("/chaos/escape");
-    server.wait_for_line("not ready: more than half");
+    server.wait_for_line("not ready: too many");
     eventually("a probe is told", || probe(&server, "/ready") == not_ready());
     assert_eq!(probe(&server, "/").0, 200, "the third executor serves");
     server.connect().ask("/chaos/escape");
@@ -71,14 +71,36 @@ fn how_many_may_be_unfit_is_the_operators_choice() {
     assert_eq!(probe(&server, "/ready"), ready(), "three of four are not too many");
 }
 
+/// A connection to each of two executors.
+fn one_each(server: &Process) -> [Client; 2] {
+    let mut clients = [server.connect(), server.connect()];
+    let executor = |client: &mut Client| client.get("/whoami").text().split(',').next().map(str::to_owned);
+    let first = executor(&mut clients[0]);
+    eventually("the other executor answers", || {
+        clients[1] = server.connect();
+        executor(&mut clients[1]) != first
+    });
+    clients
+}
+
 #[test]
 fn a_stall_counts_against_readiness_after_the_time_that_was_given() {
-    let flags = ["--executors", "2", "--chaos", "--unfit-max", "0", "--stalled-after", "0.2", "--stall-limit", "100"];
-    let server = spawn(&[], &flags);
-    assert_eq!(probe(&server, "/ready"), ready());
-    let mut stalled = server.connect();
+    let server = spawn(&[], &["--executors", "2", "--chaos", "--unfit-max", "0", "--stalled-after", "0.2"]);
+    let [mut stalled, mut other] = one_each(&server);
+    assert_eq!(other.get("/ready").status, 200);
     stalled.ask("/chaos/block?ms=60000");
-    eventually("one that is stalled is too many", || probe(&server, "/ready") == not_ready());
+    eventually("one that is stalled is too many", || other.get("/ready").status == 503);
+
+    let lenient = ["--executors", "2", "--chaos", "--unfit-max", "0", "--stalled-after", "1000000"];
+    let mut server = spawn(&[], &lenient);
+    let [mut stalled, mut other] = one_each(&server);
+    stalled.ask("/chaos/block?ms=2000");
+    server.wait_for_line("an executor is stalled");
+    assert_eq!(stalled.answer().status, 200);
+    assert_eq!(other.get("/ready").status, 200);
+    server.signal(libc::SIGTERM);
+    let printed = server.wait().printed;
+    assert!(!printed.contains("not ready: too many"), "two seconds are not that long: {printed}");
 }
 
 #[test]

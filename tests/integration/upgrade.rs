@@ -1,13 +1,16 @@
 //! A new binary takes over, or does not.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
-use ringleader::{Server, Shard, service_fn};
+use ringleader::{Body, BoxError, Response, Server, Shard, service_fn};
 
 use crate::support::{Client, Process, Site, echo, eventually, local, settle, spawn};
 
@@ -109,9 +112,13 @@ fn while_an_executor_is_stalled_an_upgrade_loses_no_connection() {
     }
     assert_eq!(stalled.answer().status, 200, "its turn was over in time");
     assert_eq!(server.wait_alone(), Some(0));
-    for _ in 0..40 {
-        assert_eq!(who(&mut server.connect()), heir.0);
-    }
+    let mut met = HashSet::new();
+    eventually("each executor of the new process gets connections", || {
+        let mut client = server.connect();
+        assert_eq!(who(&mut client), heir.0);
+        met.insert(client.get("/whoami").text().split(',').next().map(str::to_owned));
+        met.len() == 2
+    });
 }
 
 /// The executors that run, by the names of their threads.
@@ -125,13 +132,14 @@ fn executors(process: u32) -> usize {
 
 #[test]
 fn the_new_process_begins_with_as_many_executors_as_the_load_has_asked_for() {
-    let hasty = ["--scale-period", "0.02", "--scale-high", "0.0001", "--scale-low", "0", "--scale-up-after", "1"];
+    // One client in a row keeps one executor busy all of the time, which is a third of three and more than a fifth.
+    let hasty = ["--scale-period", "0.1", "--scale-high", "0.2", "--scale-low", "0", "--scale-up-after", "1"];
     let lazy = ["--scale-down-after", "1000000"];
-    let mut server = spawn(&[], &[&["--executors", "1..4"][..], &hasty, &lazy].concat());
+    let mut server = spawn(&[], &[&["--executors", "1..4", "--chaos"][..], &hasty, &lazy].concat());
     assert_eq!(executors(server.id()), 1);
     let mut client = server.connect();
     eventually("the load has four", || {
-        assert_eq!(client.get("/").status, 200);
+        assert_eq!(client.get("/chaos/block?ms=20").status, 200);
         executors(server.id()) == 4
     });
     drop(client);
@@ -341,4 +349,76 @@ fn an_embedder_says_how_its_successor_is_started() {
     let heir = Heir(settle(running.upgrade()).expect("it is ready"));
     assert!(settle(running.join()).expect("it has drained").drained);
     assert_eq!(who(&mut Client::connect(address)), heir.0);
+}
+
+/// Set for a process that is to take over.
+const SUCCESSOR: &str = "RINGLEADER_TEST_SUCCESSOR";
+
+/// Of a process that takes over from that of the next test, and of no other: its first executor hangs in the first request
+/// that it gets, and then the start of the second fails.
+#[test]
+fn a_successor_that_hangs_and_fails() {
+    if std::env::var_os(SUCCESSOR).is_none() {
+        return;
+    }
+    let hangs = Arc::new(AtomicBool::new(false));
+    let server = local(2).stop_grace(Duration::from_millis(100)).serve(async move |shard: Shard| {
+        let hangs = Arc::clone(&hangs);
+        if shard.id().to_string() == "1" {
+            while !hangs.load(Ordering::SeqCst) {
+                shard.sleep(Duration::from_millis(5)).await;
+            }
+            return Err("the second cannot start".into());
+        }
+        Ok(service_fn(async move |_| {
+            hangs.store(true, Ordering::SeqCst);
+            while hangs.load(Ordering::SeqCst) {
+                thread::park();
+            }
+            Ok::<_, BoxError>(Response::new(Body::empty()))
+        }))
+    });
+    let error = server.start().wait().expect_err("the second cannot start");
+    assert!(error.to_string().contains("the second cannot start"), "{error}");
+    std::process::exit(0);
+}
+
+#[test]
+fn a_new_process_that_hangs_and_fails_leaves_the_listeners_as_they_were() {
+    let server = local(2)
+        .successor(|| {
+            let mut command = Command::new(std::env::current_exe().expect("it is there"));
+            command.args(["upgrade::a_successor_that_hangs_and_fails", "--exact", "--nocapture"]);
+            command.env(SUCCESSOR, "1").stdout(Stdio::null()).stderr(Stdio::null());
+            command
+        })
+        .serve(async |shard: Shard| {
+            let name = shard.id().to_string();
+            Ok(service_fn(async move |_| Ok::<_, BoxError>(Response::new(Body::from(name.clone())))))
+        });
+    let site = Site::start(server);
+    for _ in 0..2 {
+        let over = AtomicBool::new(false);
+        let error = thread::scope(|scope| {
+            // One of these meets the new process. Who it is will not be answered.
+            scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    site.connect().ask("/");
+                    thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let order = settle(site.upgrade());
+            over.store(true, Ordering::SeqCst);
+            order.expect_err("its second executor cannot start")
+        });
+        assert!(error.to_string().contains("the second cannot start"), "{error}");
+        let mut met = HashSet::new();
+        eventually("both executors answer", || {
+            met.insert(site.connect().get("/").text().to_owned());
+            met.len() == 2
+        });
+        for _ in 0..20 {
+            assert_eq!(site.connect().get("/").status, 200);
+        }
+    }
 }

@@ -39,6 +39,10 @@ const EXECUTORS: usize = 4;
 const GENERATIONS_MAX: u64 = 6;
 /// A new connection that was meant to begin in such a time around an escape may have met the victim.
 const AROUND: Duration = Duration::from_millis(250);
+/// And so many of them for each escape: at 100 a second an executor has less than one at a time.
+const IN_FLIGHT_MAX: u64 = 2;
+/// What a new connection never meets while the server lives.
+const REFUSED: &str = "refused";
 const END_MAX: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
@@ -94,6 +98,12 @@ fn judge(arguments: &Arguments, seen: &Account, verdicts: &mut Verdicts) {
             seen.in_flight
         ),
     );
+    let most = IN_FLIGHT_MAX * slots as u64;
+    verdicts.check(
+        seen.in_flight <= most,
+        "an escape costs no more new connections than an executor has at a time",
+        format!("{} around {slots} escapes, {most} allowed", seen.in_flight),
+    );
     verdicts.check(
         seen.readiness.count() == 0,
         "ready with half of the slots and more, not ready with fewer",
@@ -148,7 +158,8 @@ async fn bring_down(arguments: &Arguments, account: &Rc<RefCell<Account>>) -> Re
     let mut account = account.borrow_mut();
     account.asked += fresh.begun;
     for (meant, error) in fresh.failed_at {
-        if around(meant) {
+        // One that met the victim sees the end of its connection; nobody may refuse it.
+        if around(meant) && !error.contains(REFUSED) {
             account.in_flight += 1;
         } else {
             let after = escapes.iter().filter(|at| **at < meant).map(|at| meant - *at).min();

@@ -169,8 +169,11 @@ pub struct Ramp {
     /// Seconds after: by default one executor goes each 30 s at the most
     #[arg(long, value_name = "SECONDS", default_value_t = 210.0)]
     rest: f64,
+    /// Clients that keep their connections
+    #[arg(long, default_value_t = 32)]
+    keep_alive: usize,
     /// Ramps up and down
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 20)]
     runs: usize,
 }
 
@@ -210,18 +213,25 @@ pub async fn ramp(arguments: &Ramp) -> Result<Verdicts, String> {
         let began = Instant::now();
         let load = Plan { server: server.address(), path }.run(move |at| shape.share(at) * capacity, &over);
         let probes = Plan::whoami(server.address()).run(|_| PROBES, &over);
+        let (kept, clients) = load::keep(server.address(), arguments.keep_alive, &over);
         sleep(arguments.run_time()).await;
         over.set();
         let (load, probes) = (load.await, probes.await);
         let (load, probes) = (load.map_err(|error| error.to_string())?, probes.map_err(|error| error.to_string())?);
+        load::all(clients).await?;
+        let kept = kept.take();
         let counts = counts(began, arguments.run_time(), &probes.answered);
         println!("  run {number}: executors in each second: {counts:?}");
         println!("  run {number}: load {}; {}", load.waits(), load.describe());
+        println!("  run {number}: kept connections: {}", kept.describe());
         judge(arguments, number, &counts, &mut verdicts);
         let failed = load.failed.count() + probes.failed.count();
         load.failed.show("failures");
         let figures = format!("{failed} of {}", load.begun + probes.begun);
-        verdicts.check(failed == 0, &format!("run {number}: no request fails"), figures);
+        verdicts.check(failed == 0, &format!("run {number}: no new connection fails"), figures);
+        let failures = kept.failed.show("failures");
+        let criterion = format!("run {number}: no kept request fails");
+        verdicts.check(kept.failed.count() == 0, &criterion, format!("{failures} of {}", kept.asked));
     }
     let (status, time) = server.stop()?;
     verdicts.check(status.success(), "the server stops in order", format!("{status} after {time:.2?}"));
@@ -252,11 +262,9 @@ fn judge(arguments: &Ramp, number: usize, counts: &[usize], verdicts: &mut Verdi
         &format!("run {number}: {} to {} to {} executors", arguments.least, arguments.most, arguments.least),
         format!("{before} to {most} to {last}"),
     );
-    for (name, part) in [("up", up), ("down", down)] {
-        let changes = changes_of_direction(part);
-        let criterion = format!("run {number}: at most one change of direction on the way {name}");
-        verdicts.check(changes <= 1, &criterion, format!("{changes}"));
-    }
+    let changes = changes_of_direction(counts);
+    let criterion = format!("run {number}: at most one change of direction in the whole");
+    verdicts.check(changes <= 1, &criterion, format!("{changes}"));
 }
 
 fn changes_of_direction(counts: &[usize]) -> usize {

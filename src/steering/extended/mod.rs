@@ -21,14 +21,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Draw, Members, SLOTS_MAX, Share};
+use super::{Draw, Members, SLOTS_MAX, STALE_AFTER, Share};
 use crate::sys::bpf::{self, SharedWords, SocketArray};
 #[cfg(test)]
 pub(super) use alias::{choose, entries};
-
-/// A heartbeat this old is stale. An executor's turn takes microseconds; on a busy machine the scheduler makes it
-/// milliseconds.
-const STALE_AFTER: Duration = Duration::from_millis(20);
 
 /// How long to wait for a program that has been detached to let go of its listeners; usually a few milliseconds.
 const RELEASE_MAX: Duration = Duration::from_millis(200);

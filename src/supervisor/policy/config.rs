@@ -9,7 +9,8 @@ use super::slot::{FAR, Random};
 pub struct Config {
     /// When a failed generation is followed by another, and when no more.
     pub restart: RestartPolicy,
-    /// How long a drain may take when the one who asks names no time. 30 s (DESIGN section 8).
+    /// How long a drain may take when the one who asks names no time. 30 s, as gunicorn's
+    /// `graceful_timeout`.
     pub drain_deadline: Duration,
     /// How long the executors go on accepting after readiness has turned false at a stop: the time that a load balancer
     /// needs to notice. 0, as nginx and systemd expect; in Kubernetes what is otherwise a `preStop` sleep of some seconds.
@@ -36,7 +37,7 @@ pub struct Config {
     pub hang_timeout: Option<Duration>,
     /// How long a generation that was told to stop at once may take before its thread is given up; and so long a successor
     /// that was killed. 5 s: a generation drops its connections in well under a millisecond, so that is for one that sits in
-    /// a system call or a computation and may yet return. At least 10 ms.
+    /// a system call or a computation and may yet return. At least 100 ms.
     pub stop_grace: Duration,
     /// A tick this much later than its deadline means that the whole process stood still (SIGSTOP, a paused virtual
     /// machine): the executors did not run either, so their time to start or stop begins anew, once. 1 s, ten times the
@@ -129,7 +130,7 @@ pub struct Scaling {
     pub down_after: u32,
     /// Added to `down_after` for each time that one had to be added again within that many samples after one was removed;
     /// taken off again as such times pass without. 6: uWSGI's `cheaper-busyness-penalty` of 2 times 3 s. `down_after`
-    /// grows to ten times its value at most.
+    /// grows to ten times its value at most, which by the defaults takes 45 reversals: a bound, and no setting.
     pub reversal_penalty: u32,
     /// Connections in the listen queues of running executors that are an emergency. 33: uWSGI's
     /// `cheaper-busyness-backlog-alert`.
@@ -168,7 +169,8 @@ impl Default for Scaling {
 }
 
 /// When failures of executors make the server unready, which is what `/ready`, [`Stats::ready`](crate::Stats::ready) and
-/// the service manager are told. One whose start is under way, or that is being stopped, is unready whatever these say.
+/// the service manager are told. One whose start is under way, or that is being stopped, is unready whatever these say, and so is one of which no
+/// executor serves at the moment.
 ///
 /// ```
 /// use std::time::Duration;
@@ -203,7 +205,9 @@ impl Default for ReadinessPolicy {
 impl ReadinessPolicy {
     /// Whether so many of `all` are too many.
     pub(super) fn is_unfit(&self, unfit: usize, all: usize) -> bool {
-        unfit as f64 > f64::from(self.unfit_max) * all as f64
+        // 0.7 is less than seven tenths, and far from any other part of as many slots as there may be.
+        const ROUNDING: f64 = 1e-3;
+        unfit as f64 > f64::from(self.unfit_max) * all as f64 + ROUNDING
     }
 }
 
@@ -240,7 +244,7 @@ pub struct RestartPolicy {
     pub quarantine_window: Duration,
     /// With so many threads of executors left behind that hung ([`HangPolicy::Replace`]), a slot stays down as well. 3: a
     /// hang takes the time of [`Builder::hang`](crate::Builder::hang), so that `quarantine_window` never sees five of them.
-    /// At least 1.
+    /// The second may be the same chance as the first; the third is the code's way. At least 1.
     pub leaked_max: u16,
 }
 

@@ -264,9 +264,10 @@ pub enum Readiness {
 pub enum NotReady {
     /// Not every first generation is ready yet.
     Starting,
-    /// More than half of the slots that are wanted are quarantined.
+    /// More of the slots that are wanted are quarantined than
+    /// [`ReadinessPolicy::unfit_max`](super::ReadinessPolicy::unfit_max) allows.
     MostQuarantined,
-    /// More than half of the slots that are wanted are quarantined, or stalled for longer than
+    /// More of them than that are quarantined, or stalled for longer than
     /// [`ReadinessPolicy::stalled_after`](super::ReadinessPolicy::stalled_after).
     Stalled,
     /// No generation serves at the moment, stalled or not.

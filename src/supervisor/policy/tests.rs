@@ -852,6 +852,16 @@ fn the_part_that_may_be_unfit_and_the_stall_that_counts_are_settings() {
 }
 
 #[test]
+fn a_part_that_binary_fractions_do_not_have_is_what_it_says() {
+    for (unfit_max, all, tolerated) in
+        [(0.7, 10, 7), (0.9, 10, 9), (0.35, 20, 7), (0.5, 3, 1), (0.0, 4, 0), (1.0, 1024, 1024)]
+    {
+        let readiness = ReadinessPolicy { unfit_max, ..ReadinessPolicy::default() };
+        assert!(!readiness.is_unfit(tolerated, all) && readiness.is_unfit(tolerated + 1, all), "{unfit_max} of {all}");
+    }
+}
+
+#[test]
 fn threads_left_behind_quarantine_their_slot_at_the_number_that_was_given() {
     let restart = RestartPolicy { leaked_max: 1, ..RestartPolicy::default() };
     let mut bench = Bench::started_with(2, Config { restart, ..Config::default() });

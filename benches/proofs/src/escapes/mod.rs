@@ -207,11 +207,21 @@ fn judge(stage: &Stage, arguments: &Arguments, verdicts: &mut Verdicts) {
         "every escape leads to a next generation",
         format!("{restarts} of {count}"),
     );
+    let (ends, in_body) = (seen.ends.count(), seen.ends_in_body);
+    verdicts.check(
+        3 * in_body >= ends && ends > 0,
+        "a third of the victims' clients and more are in the middle of a body",
+        format!("{in_body} of {ends}"),
+    );
     let (limit, middle) = (Duration::from_millis(arguments.restart_limit), seen.gaps.percentile(0.5));
     verdicts.check(
         middle <= limit && restarts > 0,
         &format!("it serves again in {limit:?} (median) after its end"),
-        format!("{middle:.2?}, worst {:.2?}", seen.gaps.longest()),
+        format!(
+            "{middle:.2?}, worst {:.2?}; {:.2?} after the request that makes it panic",
+            seen.gaps.longest(),
+            seen.restarts.percentile(0.5)
+        ),
     );
     verdicts.check(
         seen.innocents.count() == 0,

@@ -90,7 +90,7 @@ impl Model {
         let wanted = || self.slots.iter().filter(|a| a.wanted);
         let quarantined = wanted().filter(|a| a.quarantined).count();
         let out = quarantined + wanted().filter(|a| stalled(a)).count();
-        let tolerated = (f64::from(self.config.readiness.unfit_max) * wanted().count() as f64) as usize;
+        let tolerated = (f64::from(self.config.readiness.unfit_max) * wanted().count() as f64 + 1e-3) as usize;
         let why = if self.is_closing() || self.stop.is_some() {
             NotReady::Stopping
         } else if !self.was_started {

@@ -384,7 +384,7 @@ fn random_config(dice: &mut Dice) -> Config {
         config.upgrade_timeout = Duration::from_secs(1) + dice.up_to(Duration::from_secs(9));
         config.stall_limit = dice.up_to(Duration::from_millis(500));
         config.readiness = ReadinessPolicy {
-            unfit_max: [0.0, 0.3, 0.5, 1.0][dice.below(4) as usize],
+            unfit_max: [0.0, 0.3, 0.5, 0.7, 1.0][dice.below(5) as usize],
             stalled_after: dice.up_to(Duration::from_secs(3)),
         };
         config.stop_grace = Duration::from_millis(10) + dice.up_to(Duration::from_secs(8));
