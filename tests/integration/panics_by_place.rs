@@ -15,7 +15,8 @@ use ringleader::{
     Shard, service_fn,
 };
 
-use crate::support::{Client, Site, eventually, local, settle};
+use crate::support::log::Log;
+use crate::support::{Client, Site, alone, eventually, local, settle};
 
 struct PanicsOnDrop;
 
@@ -490,4 +491,84 @@ fn without_escalation_panics_are_contained_for_ever() {
         assert_eq!(only(&site).panics_contained, count);
     }
     assert_eq!(site.connect().get("/").text(), "1");
+}
+
+/// Every place but the first start-up, which is the error of the start, and the handler, an escape and an abort, which
+/// `panics_shown` has.
+#[test]
+fn the_log_has_each_panic_once_with_executor_generation_and_place() {
+    if !alone("panics_by_place::the_log_has_each_panic_once_with_executor_generation_and_place") {
+        return;
+    }
+    let log = Log::of_this_process();
+    ringleader::install_panic_hook();
+    let builder = tireless(local(1).escalation(None));
+    let server = builder.serve(async move |shard: Shard| {
+        assert!(shard.generation() != 2, "SCENE start-up");
+        Ok(service_fn(async move |request: Request| {
+            match request.uri().path() {
+                "/body" => {
+                    let body = Breaks { pieces: 0, declared: false, _again: None };
+                    return Ok::<_, BoxError>(Response::new(Body::new(body)));
+                }
+                "/drop" => {
+                    let body = EndsBadly(Some(Bytes::from_static(b"whole")), PanicsOnDrop);
+                    return Ok(Response::new(Body::new(body)));
+                }
+                "/task" => drop(shard.spawn(async { panic!("SCENE task") })),
+                "/blocking" => drop(shard.spawn_blocking(|| -> () { panic!("SCENE blocking") }).await),
+                "/background" => shard.background("test", async { panic!("SCENE background") }),
+                "/queue" => panic_on_glommio(true),
+                _ => {}
+            }
+            Ok(Response::new(Body::from(shard.generation().to_string())))
+        }))
+    });
+    let site = Site::start(server);
+    // What ends the generation comes last; the one after that fails in its start-up.
+    for (path, text, generation) in [
+        ("/body", "a body of the test's panics", 1),
+        ("/drop", "a drop of the test's panics", 1),
+        ("/task", "SCENE task", 1),
+        ("/blocking", "SCENE blocking", 1),
+        ("/background", "SCENE background", 1),
+        ("/", "SCENE start-up", 2),
+        ("/queue", "a task of the test's on glommio panics", 3),
+    ] {
+        let mut client = site.connect();
+        client.ask(path);
+        let lines = || {
+            let said = log.said();
+            said.lines().filter(|line| line.contains(text)).map(str::to_owned).collect::<Vec<_>>()
+        };
+        eventually(path, || !lines().is_empty());
+        let _ = client.try_answer();
+        eventually("somebody serves", || site.connect().get("/").status == 200);
+        let lines = lines();
+        assert_eq!(lines.len(), 1, "{path}: {lines:#?}");
+        for part in ["ERROR", "slot=0", &format!("generation={generation}"), "panics_by_place.rs:"] {
+            assert!(lines[0].contains(part), "no {part}: {}", lines[0]);
+        }
+    }
+}
+
+/// Panics caught by the service itself are nobody's to log; that they may not be is what a few lines say.
+#[test]
+fn panics_that_a_service_catches_do_not_fill_the_log() {
+    if !alone("panics_by_place::panics_that_a_service_catches_do_not_fill_the_log") {
+        return;
+    }
+    let log = Log::of_this_process();
+    ringleader::install_panic_hook();
+    let site = Site::serving(async |_| {
+        let caught = std::panic::catch_unwind(|| panic!("caught by the service"));
+        Ok(Response::new(Body::from(if caught.is_err() { "caught" } else { "not" })))
+    });
+    let mut client = site.connect();
+    for _ in 0..300 {
+        assert_eq!(client.get("/").text(), "caught");
+    }
+    let said = log.said();
+    let lines = said.lines().filter(|line| line.contains("caught by the service")).count();
+    assert!((1..60).contains(&lines), "{lines} lines for 300:\n{said}");
 }

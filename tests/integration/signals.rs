@@ -108,3 +108,20 @@ fn a_stop_that_comes_during_the_start_is_no_failure() {
     server.signal(libc::SIGTERM);
     server.wait().expect(0, &["stopped before it had started"]);
 }
+
+#[test]
+fn an_executor_that_fails_during_the_drain_is_in_the_exit_status() {
+    let mut server = spawn(&[], &["--executors", "1", "--chaos"]);
+    let (mut waiting, mut falls) = (server.connect(), server.connect());
+    for client in [&mut waiting, &mut falls] {
+        assert_eq!(client.get("/").status, 200);
+    }
+    waiting.ask("/chaos/sleep?ms=60000");
+    // Its head has begun: the drain waits for the rest of it.
+    falls.send("GET /chaos/escape HTTP/1.1\r\n");
+    server.signal(libc::SIGTERM);
+    server.wait_for_line("draining");
+    falls.send("host: test\r\n\r\n");
+    waiting.expect_end();
+    server.wait().expect(3, &["1 executors failed during the drain"]);
+}

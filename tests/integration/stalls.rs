@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use ringleader::{Body, Builder, ExecutorState, HangPolicy, Request, Response, Scaling, Server, Stop, service_fn};
 
+use crate::support::log::Log;
+use crate::support::stopped::Stopped;
 use crate::support::{BOUND, Client, Gate, Site, alone, eventually, local, settle, spawn};
 
 /// What `/block` waits for, with its thread: this is the stall.
@@ -435,38 +437,43 @@ fn a_start_up_that_keeps_its_thread_is_told_of() {
     }
     let (release, released) = mpsc::channel::<()>();
     let released = Mutex::new(released);
-    let said = Arc::new(Mutex::new(Vec::new()));
-    let log = tracing_subscriber::fmt().with_writer(Log(Arc::clone(&said))).with_ansi(false).finish();
-    tracing::subscriber::set_global_default(log).expect("it is the first");
+    let log = Log::of_this_process();
     let server = local(1).stall_backtraces(true).serve(async move |_| {
         let _ = released.lock().expect("nobody panics with it").recv();
         Ok(service_fn(async |_: Request| Ok(Response::new(Body::empty()))))
     });
     let started = server.start();
-    let has = |text: &str| String::from_utf8_lossy(&said.lock().expect("nobody panics with it")).contains(text);
+    let has = |text: &str| log.said().contains(text);
     eventually("the log says so", || has("an executor's start-up keeps its thread"));
     eventually("and what it is doing", || has("what the stalled executor is doing"));
     drop(release);
     drop(settle(started).expect("it starts when it is let"));
 }
 
-/// What is logged, to be looked at.
-#[derive(Clone)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl tracing_subscriber::fmt::MakeWriter<'_> for Log {
-    type Writer = Self;
-    fn make_writer(&self) -> Self {
-        self.clone()
+/// One that computes for long and loses its CPU meanwhile is not what a turn without an end is.
+#[test]
+fn an_executor_that_is_stopped_in_a_turn_is_starved_and_never_replaced() {
+    let limits = ["--stall-limit", "1500", "--hang-timeout", "0.5"];
+    let mut server = spawn(&[], &[&["--executors", "2", "--chaos"], &limits[..]].concat());
+    let mut client = server.connect();
+    let text = client.get("/whoami").text().to_owned();
+    let number = text.split("\"executor\":").nth(1).and_then(|rest| rest.split(',').next());
+    let thread = format!("ringleader-{}", number.unwrap_or_else(|| panic!("no executor in {text}")));
+    let before = server.cpu_time();
+    client.ask("/chaos/spin?ms=5000");
+    eventually("it computes", || server.cpu_time() > before + Duration::from_millis(50));
+    let stopped = Stopped::thread(server.id(), &thread);
+    server.wait_for_line("an executor gets no CPU: new connections go elsewhere");
+    for _ in 0..20 {
+        assert_eq!(server.connect().get("/").status, 200, "the other one answers");
     }
-}
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
+    // Four times as long as one may be stalled.
+    std::thread::sleep(Duration::from_secs(2));
+    drop(stopped);
+    assert_eq!(client.answer().text(), "spun\n");
+    assert!(client.get("/whoami").text().contains("\"generation\":1,"), "it has not been replaced");
+    server.signal(libc::SIGTERM);
+    let ended = server.wait();
+    ended.expect(0, &["drained=true"]);
+    assert!(!ended.printed.contains("hangs") && !ended.printed.contains("is stalled"), "{}", ended.printed);
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::support::stopped::Stopped;
 use crate::support::{BOUND, Client, Process, spawn};
 
 /// A service manager that listens.
@@ -93,38 +94,6 @@ fn the_watchdog_hears_from_the_supervisor() {
     let mut heard: Vec<String> = (0..4).map(|_| manager.heard()).collect();
     heard.retain(|message| message != "READY=1");
     assert_eq!(heard, ["WATCHDOG=1"; 3]);
-}
-
-/// A thread of another process that stands still for as long as this lives, while the others of that process go on.
-struct Stopped(i32);
-
-impl Stopped {
-    fn thread(process: u32, name: &str) -> Self {
-        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("it lives").flatten();
-        let is_it = |task: &std::fs::DirEntry| {
-            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)
-        };
-        let task = { tasks }.find(is_it).unwrap_or_else(|| panic!("no thread {name}"));
-        let id: i32 = task.file_name().to_string_lossy().parse().expect("threads have numbers");
-        let nothing = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: takes no memory; attaches to a thread of our own child and stops it.
-        let stopped = unsafe {
-            libc::ptrace(libc::PTRACE_SEIZE, id, nothing, nothing) == 0
-                && libc::ptrace(libc::PTRACE_INTERRUPT, id, nothing, nothing) == 0
-        };
-        assert!(stopped, "{}", std::io::Error::last_os_error());
-        // SAFETY: without a place for the status it takes no memory.
-        assert_eq!(unsafe { libc::waitpid(id, std::ptr::null_mut(), libc::__WALL) }, id);
-        Self(id)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        let nothing = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: takes no memory; lets go of a thread that this one has attached to.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, nothing, nothing) };
-    }
 }
 
 #[test]

@@ -336,6 +336,23 @@ fn an_order_to_upgrade_has_an_answer() {
 }
 
 #[test]
+fn who_orders_an_upgrade_during_another_is_refused_and_the_first_has_its_own_answer() {
+    let sleeps = || {
+        let mut command = Command::new("sleep");
+        command.arg("600");
+        command
+    };
+    let builder = local(1).successor(sleeps).upgrade_timeout(Duration::from_secs(2));
+    let site = Site::start(builder.serve(async |_: Shard| Ok(service_fn(echo))));
+    let first = site.upgrade();
+    let second = settle(site.upgrade()).expect_err("one is under way").to_string();
+    assert!(second.contains("under way"), "{second}");
+    let first = settle(first).expect_err("it only sleeps").to_string();
+    assert!(first.contains("not ready in time"), "{first}");
+    assert_eq!(site.connect().get("/").status, 200);
+}
+
+#[test]
 fn an_embedder_says_how_its_successor_is_started() {
     let server: Server = local(2)
         .successor(|| {

@@ -4,7 +4,9 @@ mod body;
 mod client;
 pub mod heap;
 pub mod held;
+pub mod log;
 mod process;
+pub mod stopped;
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
