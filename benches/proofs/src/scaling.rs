@@ -169,7 +169,8 @@ pub struct Ramp {
     /// Seconds after: by default one executor goes each 30 s at the most
     #[arg(long, value_name = "SECONDS", default_value_t = 210.0)]
     rest: f64,
-    /// Clients that keep their connections
+    /// Clients that keep their connections; half of them come when the most executors are there, and most of those are
+    /// taken away again
     #[arg(long, default_value_t = 32)]
     keep_alive: usize,
     /// Ramps up and down
@@ -193,6 +194,11 @@ impl Ramp {
         LOW + (HIGH - LOW) * (up - down)
     }
 
+    /// When the load has been at its highest for some time.
+    fn top(&self) -> Duration {
+        Duration::from_secs_f64(self.ramp + 1.5 * self.hold)
+    }
+
     fn run_time(&self) -> Duration {
         Duration::from_secs_f64(2.0 * self.ramp + 2.0 * self.hold + self.rest)
     }
@@ -213,25 +219,29 @@ pub async fn ramp(arguments: &Ramp) -> Result<Verdicts, String> {
         let began = Instant::now();
         let load = Plan { server: server.address(), path }.run(move |at| shape.share(at) * capacity, &over);
         let probes = Plan::whoami(server.address()).run(|_| PROBES, &over);
-        let (kept, clients) = load::keep(server.address(), arguments.keep_alive, &over);
-        sleep(arguments.run_time()).await;
+        let early = load::keep(server.address(), arguments.keep_alive / 2, &over);
+        sleep(arguments.top()).await;
+        let late = load::keep(server.address(), arguments.keep_alive - arguments.keep_alive / 2, &over);
+        sleep(arguments.run_time() - arguments.top()).await;
         over.set();
         let (load, probes) = (load.await, probes.await);
         let (load, probes) = (load.map_err(|error| error.to_string())?, probes.map_err(|error| error.to_string())?);
-        load::all(clients).await?;
-        let kept = kept.take();
         let counts = counts(began, arguments.run_time(), &probes.answered);
         println!("  run {number}: executors in each second: {counts:?}");
         println!("  run {number}: load {}; {}", load.waits(), load.describe());
-        println!("  run {number}: kept connections: {}", kept.describe());
         judge(arguments, number, &counts, &mut verdicts);
         let failed = load.failed.count() + probes.failed.count();
         load.failed.show("failures");
         let figures = format!("{failed} of {}", load.begun + probes.begun);
         verdicts.check(failed == 0, &format!("run {number}: no new connection fails"), figures);
-        let failures = kept.failed.show("failures");
-        let criterion = format!("run {number}: no kept request fails");
-        verdicts.check(kept.failed.count() == 0, &criterion, format!("{failures} of {}", kept.asked));
+        for (whose, (kept, clients)) in [("before", early), ("at the top", late)] {
+            load::all(clients).await?;
+            let kept = kept.take();
+            println!("  run {number}: kept connections that came {whose}: {}", kept.describe());
+            let failures = kept.failed.show("failures");
+            let criterion = format!("run {number}: no request of kept connections that came {whose} fails");
+            verdicts.check(kept.failed.count() == 0, &criterion, format!("{failures} of {}", kept.asked));
+        }
     }
     let (status, time) = server.stop()?;
     verdicts.check(status.success(), "the server stops in order", format!("{status} after {time:.2?}"));
