@@ -447,6 +447,7 @@ impl Server {
             blocking: Arc::clone(&blocking),
             lookout: Lookout::new(),
             ready: Arc::default(),
+            accepting: Arc::default(),
         };
         let seats = seats(&cpus, groups, kernel.heartbeats(), &common, &post)?;
         common.components.seat(&seats)?;

@@ -13,10 +13,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::accept::Acceptor;
+use super::accept::{Acceptor, Listener};
 use super::core::{Core, Failure, Scene};
 use super::directory::AtWork;
 use super::inbox::{Handed, Order};
@@ -71,6 +72,8 @@ pub(crate) enum Ended {
 struct Generation {
     core: Rc<Core>,
     acceptor: Option<Acceptor>,
+    /// What is accepted from as soon as all executors can.
+    unwatched: Option<Arc<Vec<Listener>>>,
     /// The watch of each listener.
     watches: Vec<OperationKey>,
     connect: Rc<RefCell<Option<Rc<dyn Connect>>>>,
@@ -120,6 +123,7 @@ pub(crate) async fn run(seat: &SlotSeat, number: u64, park: &mut Park) -> Ended 
     let connect = boot(&core, Arc::clone(&seat.factory), seat.components.clone());
     let mut generation = Generation {
         acceptor: None,
+        unwatched: None,
         watches: Vec::new(),
         connect,
         arrivals: Arrivals::default(),
@@ -398,7 +402,11 @@ impl Generation {
 
     fn obey(&mut self, order: Order, seat: &SlotSeat) {
         match order {
+            Order::Accept => self.listen(),
             Order::Drain { deadline, accept_rest, patient } => {
+                if accept_rest {
+                    self.listen();
+                }
                 // Scaled down, its keys are others' already.
                 self.waits_for_others = accept_rest;
                 self.release_listeners(accept_rest, seat);
@@ -464,7 +472,7 @@ impl Generation {
         if accept_rest {
             self.accept_rest(seat);
         }
-        self.acceptor = None;
+        (self.acceptor, self.unwatched) = (None, None);
     }
 
     /// Accepts until the queues are empty (or the connection limit is reached).
@@ -482,22 +490,29 @@ impl Generation {
         }
     }
 
-    /// Once the service is there: starts to accept, and says so.
+    /// Once the service is there: says so, and accepts as soon as all can. One that accepted before them would cut off its
+    /// clients if the start of another failed, whom the process before this one would have served.
     fn announce(&mut self, seat: &SlotSeat) {
         if self.announced || self.connect.borrow().is_none() || seat.is_given_up() {
             return;
         }
         self.announced = true;
-        let open_max = self.core.settings.connections_max;
-        if let (Some(listeners), None) = (seat.listeners(), self.core.draining()) {
-            for (index, listener) in listeners.iter().enumerate() {
-                let watch = self.core.driver().watch_listener(listener.fd.as_fd(), index as u32);
-                self.watches.push(watch);
-            }
-            self.acceptor = Some(Acceptor::new(listeners, open_max));
+        self.unwatched = seat.listeners().filter(|_| self.core.draining().is_none());
+        if seat.accepting.load(Ordering::SeqCst) {
+            self.listen();
         }
         self.adopt_handed(seat);
         seat.ready(self.core.generation);
+        self.active = true;
+    }
+
+    fn listen(&mut self) {
+        let Some(listeners) = self.unwatched.take() else { return };
+        for (index, listener) in listeners.iter().enumerate() {
+            let watch = self.core.driver().watch_listener(listener.fd.as_fd(), index as u32);
+            self.watches.push(watch);
+        }
+        self.acceptor = Some(Acceptor::new(listeners, self.core.settings.connections_max));
         self.active = true;
     }
 

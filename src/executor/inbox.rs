@@ -80,6 +80,8 @@ impl Drop for Errand {
 pub(crate) enum Order {
     /// Start this generation.
     Start(u64),
+    /// Accept connections: every first generation is ready.
+    Accept,
     /// Accept nothing more; finish what is running; whatever is left at the deadline is closed.
     ///
     /// With `accept_rest` what the kernel has completed is accepted first: there may be nobody else who would. With

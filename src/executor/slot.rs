@@ -85,6 +85,8 @@ pub(crate) struct Common {
     pub lookout: Arc<Lookout>,
     /// What [`Shard::is_ready`](crate::Shard::is_ready) says.
     pub ready: Arc<AtomicBool>,
+    /// Whether connections are accepted: once every executor could.
+    pub accepting: Arc<AtomicBool>,
 }
 
 /// What is permanent about a slot. Shared by the supervisor and the slot's thread.
@@ -102,6 +104,7 @@ pub(crate) struct SlotSeat {
     pub sockets: Arc<Registry>,
     pub blocking: Arc<Pool>,
     pub ready: Arc<AtomicBool>,
+    pub accepting: Arc<AtomicBool>,
     pub escalated: Escalated,
     pub reports: Reports,
     /// The thread that lives here, once it does.
@@ -130,7 +133,7 @@ impl SlotSeat {
         heartbeat: Heartbeat,
         listeners: Vec<Listener>,
     ) -> std::io::Result<Arc<Self>> {
-        let Common { settings, factory, components, blocking, lookout, ready } = common;
+        let Common { settings, factory, components, blocking, lookout, ready, accepting } = common;
         let listeners = Arc::new(listeners);
         Ok(Arc::new(Self {
             slot,
@@ -145,6 +148,7 @@ impl SlotSeat {
             sockets: Arc::default(),
             blocking,
             ready,
+            accepting,
             escalated: Escalated::default(),
             reports,
             occupant: Mutex::new(None),
@@ -173,6 +177,7 @@ impl SlotSeat {
             sockets: Arc::default(),
             blocking: Arc::clone(&self.blocking),
             ready: Arc::clone(&self.ready),
+            accepting: Arc::clone(&self.accepting),
             escalated: self.escalated.clone(),
             reports: Arc::clone(&self.reports),
             occupant: Mutex::new(None),
@@ -388,7 +393,7 @@ async fn outer(seat: &SlotSeat) -> Result<(), Failure> {
             }
             Some(Order::Quit) => break,
             // There is no generation to drain or stop.
-            Some(Order::Drain { .. } | Order::Stop) => {}
+            Some(Order::Accept | Order::Drain { .. } | Order::Stop) => {}
             None => {
                 // Jobs are left alone: those that are here came after the inbox was opened for the next generation.
                 while seat.inbox.next_wake().is_some() {}

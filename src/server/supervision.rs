@@ -55,7 +55,7 @@ impl Builder {
 
     /// How long an executor that is told to stop at once may take, as at the end of a drain's time, until its thread is left
     /// behind; and blocking closures after a stop that was not a drain, and a successor that was killed. Nothing shortens
-    /// it: be above the longest turn there may be, and below what the service manager allows. Default 5 s: an executor drops
+    /// it for executors: be above the longest turn there may be, and below what the service manager allows. Default 5 s: an executor drops
     /// its connections in well under a millisecond, so that is for a handler in a computation or a system call. At least
     /// 100 ms.
     ///

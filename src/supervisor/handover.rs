@@ -130,7 +130,7 @@ impl Handover {
 
     /// Whether a stop has been ordered.
     pub(super) fn is_stopping(&self) -> bool {
-        self.stopping
+        self.stopping || self.is_over
     }
 
     /// Whether another process has taken over.
@@ -270,7 +270,9 @@ impl Supervisor {
     /// loop does.
     pub(super) fn tell_service_manager(&mut self, now: Instant) {
         self.handover.look_after_heir(Some(now));
-        let status = (now >= self.handover.status_due && self.handover.notifier.is_some()).then(|| self.status());
+        // Before that there is nothing to say that will not be wrong in a moment.
+        let due = self.handover.serves && now >= self.handover.status_due;
+        let status = (due && self.handover.notifier.is_some()).then(|| self.status());
         let Some(notifier) = &mut self.handover.notifier else { return };
         notifier.retry(now);
         notifier.watchdog(now);
@@ -304,6 +306,7 @@ impl Supervisor {
     /// The old process has acted upon our being ready: this one is the service's main process.
     pub(super) fn taken_over(&mut self) {
         self.handover.predecessor_serves = false;
+        self.handover.status_due = Instant::now();
         if let Some(notifier) = &mut self.handover.notifier {
             notifier.take_turn();
             notifier.ready();

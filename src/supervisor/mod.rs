@@ -238,8 +238,8 @@ impl Supervisor {
             Message::Stop(how) => {
                 if self.handover.is_stopping() {
                     let what = match how {
-                        Stop::Now => "it stops at once",
-                        Stop::Drain(_) => "the first order to drain stands, with its limit",
+                        Stop::Now => "it is to stop at once",
+                        Stop::Drain(_) => "what was ordered before stands",
                     };
                     tracing::warn!("a stop was ordered while the server stops: {what}");
                 }
@@ -430,6 +430,7 @@ impl Supervisor {
                 self.show_readiness(readiness == Readiness::Ready);
             }
             Action::Started => {
+                self.accept_everywhere();
                 self.announce_start();
                 if let Some(promise) = self.starting.take() {
                     promise.fulfil(Ok(Running::new(Arc::clone(&self.shared))));
@@ -583,6 +584,14 @@ impl Supervisor {
     fn rescue_all(&mut self) -> bool {
         const ROUNDS_MAX: usize = 64;
         (0..ROUNDS_MAX).any(|_| self.rescue() == 0) && !self.rescue.is_blocked()
+    }
+
+    /// Every first generation is ready: from here on each accepts, and those that follow do so as soon as they are ready.
+    fn accept_everywhere(&self) {
+        self.seats[0].accepting.store(true, Ordering::SeqCst);
+        for status in self.policy.slots().filter(|status| status.state == SlotState::Ready) {
+            self.seat(status.slot).inbox.order(SlotOrder::Accept);
+        }
     }
 
     fn answer_scale(&mut self, answer: Result<u16, policy::ScaleRefusal>) {

@@ -31,6 +31,7 @@ impl Rescue {
     /// Empties the queues of these slots from now on, and of no others. Whether there are any.
     pub(super) fn set(&mut self, slots: impl IntoIterator<Item = u16>, seats: &[Arc<SlotSeat>]) -> bool {
         self.slots = slots.into_iter().collect();
+        self.blocked = false;
         self.listeners = self.seats(seats).filter_map(|seat| seat.listeners()).collect();
         !self.slots.is_empty()
     }

@@ -460,7 +460,7 @@ fn an_executor_that_is_stopped_in_a_turn_is_starved_and_never_replaced() {
     let number = text.split("\"executor\":").nth(1).and_then(|rest| rest.split(',').next());
     let thread = format!("ringleader-{}", number.unwrap_or_else(|| panic!("no executor in {text}")));
     let before = server.cpu_time();
-    client.ask("/chaos/spin?ms=5000");
+    client.ask("/chaos/spin?ms=3000");
     eventually("it computes", || server.cpu_time() > before + Duration::from_millis(50));
     let stopped = Stopped::thread(server.id(), &thread);
     server.wait_for_line("an executor gets no CPU: new connections go elsewhere");

@@ -371,8 +371,8 @@ fn an_embedder_says_how_its_successor_is_started() {
 /// Set for a process that is to take over.
 const SUCCESSOR: &str = "RINGLEADER_TEST_SUCCESSOR";
 
-/// Of a process that takes over from that of the next test, and of no other: its first executor hangs in the first request
-/// that it gets, and then the start of the second fails.
+/// Of a process that takes over from that of the next test, and of no other: its first executor is ready at once and hangs
+/// then, and the start of the second fails when it does.
 #[test]
 fn a_successor_that_hangs_and_fails() {
     if std::env::var_os(SUCCESSOR).is_none() {
@@ -380,20 +380,21 @@ fn a_successor_that_hangs_and_fails() {
     }
     let hangs = Arc::new(AtomicBool::new(false));
     let server = local(2).stop_grace(Duration::from_millis(100)).serve(async move |shard: Shard| {
-        let hangs = Arc::clone(&hangs);
         if shard.id().to_string() == "1" {
             while !hangs.load(Ordering::SeqCst) {
                 shard.sleep(Duration::from_millis(5)).await;
             }
             return Err("the second cannot start".into());
         }
-        Ok(service_fn(async move |_| {
+        let (hangs, sleep) = (Arc::clone(&hangs), shard.sleep(Duration::from_millis(300)));
+        shard.background("hangs", async move {
+            sleep.await;
             hangs.store(true, Ordering::SeqCst);
-            while hangs.load(Ordering::SeqCst) {
+            loop {
                 thread::park();
             }
-            Ok::<_, BoxError>(Response::new(Body::empty()))
-        }))
+        });
+        Ok(service_fn(async |_| Ok::<_, BoxError>(Response::new(Body::from("of the new process")))))
     });
     let error = server.start().wait().expect_err("the second cannot start");
     assert!(error.to_string().contains("the second cannot start"), "{error}");
@@ -401,7 +402,7 @@ fn a_successor_that_hangs_and_fails() {
 }
 
 #[test]
-fn a_new_process_that_hangs_and_fails_leaves_the_listeners_as_they_were() {
+fn a_new_process_that_hangs_and_fails_costs_nobody_a_connection_and_leaves_the_listeners_as_they_were() {
     let server = local(2)
         .successor(|| {
             let mut command = Command::new(std::env::current_exe().expect("it is there"));
@@ -415,19 +416,20 @@ fn a_new_process_that_hangs_and_fails_leaves_the_listeners_as_they_were() {
         });
     let site = Site::start(server);
     for _ in 0..2 {
-        let over = AtomicBool::new(false);
+        let (over, served) = (AtomicBool::new(false), AtomicU64::new(0));
         let error = thread::scope(|scope| {
-            // One of these meets the new process. Who it is will not be answered.
             scope.spawn(|| {
                 while !over.load(Ordering::SeqCst) {
-                    site.connect().ask("/");
-                    thread::sleep(Duration::from_millis(1));
+                    let answer = site.connect().get("/");
+                    assert!(answer.status == 200 && answer.text() != "of the new process", "{answer:?}");
+                    served.fetch_add(1, Ordering::SeqCst);
                 }
             });
             let order = settle(site.upgrade());
             over.store(true, Ordering::SeqCst);
             order.expect_err("its second executor cannot start")
         });
+        assert!(served.load(Ordering::SeqCst) > 10);
         assert!(error.to_string().contains("the second cannot start"), "{error}");
         let mut met = HashSet::new();
         eventually("both executors answer", || {

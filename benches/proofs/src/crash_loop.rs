@@ -39,8 +39,8 @@ const EXECUTORS: usize = 4;
 const GENERATIONS_MAX: u64 = 6;
 /// A new connection that was meant to begin in such a time around an escape may have met the victim.
 const AROUND: Duration = Duration::from_millis(250);
-/// And so many of them for each escape: at 100 a second an executor has less than one at a time.
-const IN_FLIGHT_MAX: u64 = 2;
+/// And one of them in so many escapes: at 100 a second an executor is without one most of the time.
+const ESCAPES_FOR_ONE: u64 = 2;
 /// What a new connection never meets while the server lives.
 const REFUSED: &str = "refused";
 const END_MAX: Duration = Duration::from_secs(20);
@@ -98,7 +98,7 @@ fn judge(arguments: &Arguments, seen: &Account, verdicts: &mut Verdicts) {
             seen.in_flight
         ),
     );
-    let most = IN_FLIGHT_MAX * slots as u64;
+    let most = slots as u64 / ESCAPES_FOR_ONE;
     verdicts.check(
         seen.in_flight <= most,
         "an escape costs no more new connections than an executor has at a time",
