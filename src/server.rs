@@ -447,7 +447,7 @@ impl Server {
             blocking: Arc::clone(&blocking),
             lookout: Lookout::new(),
             ready: Arc::default(),
-            accepting: Arc::default(),
+            accepting: Arc::new(AtomicBool::new(inheritance.predecessor.is_none())),
         };
         let seats = seats(&cpus, groups, kernel.heartbeats(), &common, &post)?;
         common.components.seat(&seats)?;

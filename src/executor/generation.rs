@@ -72,7 +72,7 @@ pub(crate) enum Ended {
 struct Generation {
     core: Rc<Core>,
     acceptor: Option<Acceptor>,
-    /// What is accepted from as soon as all executors can.
+    /// What is not accepted from yet.
     unwatched: Option<Arc<Vec<Listener>>>,
     /// The watch of each listener.
     watches: Vec<OperationKey>,
@@ -490,8 +490,8 @@ impl Generation {
         }
     }
 
-    /// Once the service is there: says so, and accepts as soon as all can. One that accepted before them would cut off its
-    /// clients if the start of another failed, whom the process before this one would have served.
+    /// Once the service is there: accepts, and says so. In a process that takes over it accepts when all can: if the start of
+    /// another failed its clients would be cut off, whom the process that still serves would have served.
     fn announce(&mut self, seat: &SlotSeat) {
         if self.announced || self.connect.borrow().is_none() || seat.is_given_up() {
             return;

@@ -80,7 +80,7 @@ impl Drop for Errand {
 pub(crate) enum Order {
     /// Start this generation.
     Start(u64),
-    /// Accept connections: every first generation is ready.
+    /// Accept connections: every first generation of a process that takes over is ready.
     Accept,
     /// Accept nothing more; finish what is running; whatever is left at the deadline is closed.
     ///

@@ -85,7 +85,7 @@ pub(crate) struct Common {
     pub lookout: Arc<Lookout>,
     /// What [`Shard::is_ready`](crate::Shard::is_ready) says.
     pub ready: Arc<AtomicBool>,
-    /// Whether connections are accepted: once every executor could.
+    /// Whether connections are accepted: in a process that takes over, once every executor could.
     pub accepting: Arc<AtomicBool>,
 }
 

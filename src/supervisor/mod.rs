@@ -586,10 +586,14 @@ impl Supervisor {
         (0..ROUNDS_MAX).any(|_| self.rescue() == 0) && !self.rescue.is_blocked()
     }
 
-    /// Every first generation is ready: from here on each accepts, and those that follow do so as soon as they are ready.
+    /// Every first generation is ready: in a process that takes over each accepts from here on, and those that follow do so as
+    /// soon as they are ready.
     fn accept_everywhere(&self) {
-        self.seats[0].accepting.store(true, Ordering::SeqCst);
-        for status in self.policy.slots().filter(|status| status.state == SlotState::Ready) {
+        if self.seats[0].accepting.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // Whatever is said of their health by now.
+        for status in self.policy.slots().filter(|status| status.state != SlotState::Idle) {
             self.seat(status.slot).inbox.order(SlotOrder::Accept);
         }
     }

@@ -176,6 +176,8 @@ fn servers_at_the_same_time_leave_as_many_threads_as_they_had() {
     for site in names.map(serve) {
         settle(site.stop(Stop::Now)).expect("it stops");
     }
+    // A supervisor that has told of its server's end may not be gone yet.
+    eventually("no thread is left but those that wait", || threads().len() == expected);
     let descriptors = own_descriptors();
     for _ in 0..3 {
         std::thread::scope(|scope| {

@@ -398,6 +398,7 @@ fn a_successor_that_hangs_and_fails() {
     });
     let error = server.start().wait().expect_err("the second cannot start");
     assert!(error.to_string().contains("the second cannot start"), "{error}");
+    #[expect(clippy::disallowed_methods, reason = "its executor hangs, and the process is the test's own")]
     std::process::exit(0);
 }
 

@@ -179,6 +179,8 @@ pub struct Ramp {
 }
 
 const LOW: f64 = 0.1;
+/// When the second half of the kept connections comes.
+const LATE: &str = "at the top";
 const HIGH: f64 = 0.9;
 /// New connections a second that look who is there.
 const PROBES: f64 = 100.0;
@@ -234,10 +236,16 @@ pub async fn ramp(arguments: &Ramp) -> Result<Verdicts, String> {
         load.failed.show("failures");
         let figures = format!("{failed} of {}", load.begun + probes.begun);
         verdicts.check(failed == 0, &format!("run {number}: no new connection fails"), figures);
-        for (whose, (kept, clients)) in [("before", early), ("at the top", late)] {
+        for (whose, (kept, clients)) in [("before", early), (LATE, late)] {
             load::all(clients).await?;
             let kept = kept.take();
             println!("  run {number}: kept connections that came {whose}: {}", kept.describe());
+            if whose == LATE {
+                // Without that they show nothing: most of the executors they met have gone.
+                let met = kept.announced + kept.closed_idle;
+                let criterion = format!("run {number}: some kept connections lose their executor");
+                verdicts.check(met > 0, &criterion, format!("{met} of {}", kept.connections));
+            }
             let failures = kept.failed.show("failures");
             let criterion = format!("run {number}: no request of kept connections that came {whose} fails");
             verdicts.check(kept.failed.count() == 0, &criterion, format!("{failures} of {}", kept.asked));
