@@ -101,7 +101,11 @@ impl Binary {
 
     fn break_with(&self, script: Option<&str>) -> Result<(), String> {
         let Some(script) = script else {
-            return fs::remove_file(&self.served).map_err(|error| format!("removing the binary: {error}"));
+            return match fs::remove_file(&self.served) {
+                // It was tried before.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(format!("removing the binary: {error}")),
+                _ => Ok(()),
+            };
         };
         self.swap(|new| {
             let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o755).open(new)?;
