@@ -169,8 +169,8 @@ impl Default for Scaling {
 }
 
 /// When failures of executors make the server unready, which is what `/ready`, [`Stats::ready`](crate::Stats::ready) and
-/// the service manager are told. One whose start is under way, or that is being stopped, is unready whatever these say, and so is one of which no
-/// executor serves at the moment.
+/// the service manager are told. One whose start is under way, or that is being stopped, is unready whatever these say, and so
+/// is one of which no executor serves at the moment.
 ///
 /// ```
 /// use std::time::Duration;
@@ -191,8 +191,8 @@ pub struct ReadinessPolicy {
     /// the first; with 1 the server is ready until the last is quarantined, and ends then.
     pub unfit_max: f32,
     /// A turn that takes so long makes its executor unfit; below [`Builder::stall_limit`](crate::Builder::stall_limit), at
-    /// once when it is stalled. 1 s: a probe that waits for it has then
-    /// been given up, by Kubernetes with its default `timeoutSeconds`.
+    /// once when it is stalled. 1 s: a probe that waits for it has then been given up, by Kubernetes with its
+    /// default `timeoutSeconds`.
     pub stalled_after: Duration,
 }
 
