@@ -21,7 +21,7 @@ use super::accept::{Acceptor, Listener};
 use super::core::{Core, Failure, Scene};
 use super::directory::AtWork;
 use super::inbox::{Handed, Order};
-use super::park::Park;
+use super::park::{LOST_WAKE_MAX, Park};
 use super::queues;
 use super::slot::SlotSeat;
 use super::tasks::OnPanic;
@@ -44,6 +44,8 @@ const HAND_OVER_BUSY: Duration = Duration::from_millis(1);
 const HAND_OVER_GUARD: Duration = Duration::from_millis(100);
 /// The longest sleep of an idle executor: two wake-ups a second.
 const PARK_MAX: Duration = Duration::from_millis(500);
+/// The longest time that an executor with a generation sleeps without having run, whatever it waits for.
+pub(crate) const REST_MAX: Duration = PARK_MAX.saturating_add(LOST_WAKE_MAX);
 /// How long a connection that has not spoken may take to do so, from its accept on, when there is a drain.
 pub(crate) const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a client between two requests is waited for when others serve on. A busy client asks again sooner, and is told

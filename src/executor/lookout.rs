@@ -1,5 +1,5 @@
-//! Whether anybody looks at the heartbeats. While every executor is parked nobody needs to: the first that has something to
-//! do says so, and the supervisor sleeps until then.
+//! Whether anybody looks at the heartbeats. While every executor is parked nobody needs to, but now and then for one that
+//! does not wake any more: the first that has something to do says so, and the supervisor sleeps until then.
 //!
 //! No executor goes unseen. Each says that it is up and then asks whether it is looked at; the supervisor says that it
 //! does not look and then asks whether anybody is up. With a fence between the two on either side, one of them at least

@@ -22,7 +22,7 @@ use crate::sys::eventfd::{self, EventFd};
 use crate::sys::timerfd::{self, TimerFd};
 
 /// What a wake that glommio loses costs at the most.
-const LOST_WAKE_MAX: Duration = Duration::from_millis(500);
+pub(super) const LOST_WAKE_MAX: Duration = Duration::from_millis(500);
 /// glommio may lose the wake of a guard as well, and that of the next. Each goes off in twice the time of the one before.
 const GUARDS: u32 = 5;
 

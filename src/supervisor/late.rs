@@ -91,12 +91,12 @@ impl Late {
         slot: u16,
         generation: u32,
         stage: Stage,
-        busy: Duration,
+        late: Duration,
         now: Instant,
     ) -> bool {
         let Some(more) = self.0.note(STARVED, now) else { return false };
         say_more(STARVED, more);
-        tracing::warn!(slot, generation, busy_ms = busy.as_millis() as u64, "{}", stage.starved());
+        tracing::warn!(slot, generation, late_ms = late.as_millis() as u64, "{}", stage.starved());
         true
     }
 

@@ -10,23 +10,27 @@
 //! The state is that of one instant, so it decides about the time since the look before only, and about no more than what
 //! CPU time and run delay leave unexplained. Run delay alone would not do: the kernel adds it up when the wait is over.
 //!
+//! An executor that sleeps has no turn that could be late, but it wakes by itself within [`REST_MAX`]. One whose CPU clock
+//! stands still for longer has lost its CPU in its sleep, and clients wait in its queue: it is starved as well.
+//!
 //! Decides by what it is told; [`Scheduling`] is read by the caller, and only when a turn is late.
 
 use std::time::{Duration, Instant};
 
+use crate::executor::generation::REST_MAX;
 use crate::sys::procfs::{Scheduling, ThreadState};
 
 /// What a look at an executor has found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Asleep, or in a turn that is not late; or late, and it is too early to say why.
+    /// Asleep and awake in time, or in a turn that is not late; or late, and it is too early to say why.
     Healthy,
     /// One turn has lasted longer than the limit, and it is the executor's doing. `own` is how long without the time for
     /// which it had no CPU: what a limit on hanging is to be compared with.
     Stalled { own: Duration },
-    /// One turn has lasted longer than the limit, since the executor has no CPU.
-    Starved { busy: Duration },
-    /// The turn that was late has ended; the last thing known of it is how long it had lasted.
+    /// One turn, or one sleep, has lasted longer than its limit, since the executor has no CPU.
+    Starved { late: Duration },
+    /// The turn or sleep that was late has ended; the last thing known of it is how long it had lasted.
     Recovered { after: Duration },
 }
 
@@ -45,6 +49,19 @@ pub(super) struct Reading {
 pub(super) struct Watch {
     limit: Duration,
     turn: Option<Turn>,
+    /// There is none in a turn.
+    rest: Option<Rest>,
+}
+
+/// A sleep, since the thread has last been seen to run in it.
+#[derive(Debug)]
+struct Rest {
+    since: Instant,
+    last_look: Instant,
+    cpu: Duration,
+    /// When it was first found too long.
+    late_since: Option<Instant>,
+    starved: bool,
 }
 
 /// A turn that was seen at least once.
@@ -75,13 +92,27 @@ enum Late {
 impl Watch {
     /// Turns of up to `limit` are in order.
     pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, turn: None }
+        Self { limit, turn: None, rest: None }
+    }
+
+    /// Sleeps of up to this long are in order, and looks that are no rarer find those that are not.
+    pub(super) fn rest_limit(&self) -> Duration {
+        REST_MAX + self.limit
+    }
+
+    /// Whether a sleep is too long: the next look is not to be put off.
+    pub(super) fn has_doubts(&self) -> bool {
+        self.rest.as_ref().is_some_and(|rest| rest.late_since.is_some())
     }
 
     /// Takes a reading into account. `scheduling` is asked for only when the turn is late, or nearly so; it answers `None`
     /// where `/proc` does not tell, and then a blocked executor cannot be told from a starved one and counts as starved.
     pub(super) fn look(&mut self, reading: Reading, scheduling: impl FnOnce() -> Option<Scheduling>) -> Verdict {
         let Reading { now, busy, cpu } = reading;
+        let sleep = if busy.is_none() { self.rest_on(now, cpu) } else { self.rest.take().and_then(|rest| rest.end(now)) };
+        if let Some(verdict) = sleep {
+            return verdict;
+        }
         let began = busy.and_then(|busy| now.checked_sub(busy));
         let last = Look { at: now, cpu, run_delay: None };
         if self.turn.as_ref().map(|turn| turn.began) != began {
@@ -101,12 +132,46 @@ impl Watch {
         }
     }
 
+    /// What is to be said of a sleep: whether it has become too long, or is over.
+    fn rest_on(&mut self, now: Instant, cpu: Duration) -> Option<Verdict> {
+        let (limit, patience) = (self.rest_limit(), self.limit / 4);
+        let fresh = || Rest { since: now, last_look: now, cpu, late_since: None, starved: false };
+        let rest = self.rest.get_or_insert_with(fresh);
+        // After a long absence of the watch itself the executor is given the time to wake that it had no chance to use.
+        let away = !rest.starved && now.saturating_duration_since(rest.last_look) > limit * 2;
+        if rest.cpu != cpu || away {
+            return std::mem::replace(rest, fresh()).end(now);
+        }
+        rest.last_look = now;
+        let late = now.saturating_duration_since(rest.since);
+        if late < limit {
+            return None;
+        }
+        // Looked at once more before it is judged: all may have stood still, and this is the first to run again.
+        let late_since = *rest.late_since.get_or_insert(now);
+        rest.starved |= now.saturating_duration_since(late_since) >= patience;
+        rest.starved.then_some(Verdict::Starved { late })
+    }
+
     /// When the next look can change the verdict: at least a quarter of the limit before the present turn, or the next,
     /// is late, so that there is something to compare with when it is; a tenth of the limit after it is, to see it come back.
     pub(super) fn next_look(&self, now: Instant) -> Instant {
-        let Some(turn) = &self.turn else { return now + self.limit * 3 / 4 };
+        let Some(turn) = &self.turn else {
+            return match &self.rest {
+                Some(Rest { starved: true, .. }) => now + self.limit / 10,
+                Some(Rest { late_since: Some(_), .. }) => now + self.limit / 4,
+                _ => now + self.limit * 3 / 4,
+            };
+        };
         let marks = [turn.began + self.limit / 2, turn.began + self.limit];
         marks.into_iter().find(|mark| *mark > now).unwrap_or(now + self.limit / 10)
+    }
+}
+
+impl Rest {
+    /// The executor has run.
+    fn end(self, now: Instant) -> Option<Verdict> {
+        self.starved.then(|| Verdict::Recovered { after: now.saturating_duration_since(self.since) })
     }
 }
 
@@ -147,7 +212,7 @@ impl Turn {
         // true until the turn ends, however little CPU it gets afterwards.
         let stalled = self.late == Some(Late::Stalled) || own >= busy / 2 || own >= limit;
         self.late = Some(if stalled { Late::Stalled } else { Late::Starved });
-        if stalled { Verdict::Stalled { own } } else { Verdict::Starved { busy } }
+        if stalled { Verdict::Stalled { own } } else { Verdict::Starved { late: busy } }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The watchdog: finds executors whose turn does not end, and those that have come back. It costs an executor nothing:
-//! heartbeats are read where executors leave them. While all of them are parked it does not look.
+//! heartbeats are read where executors leave them. While all of them are parked it looks about once a second, for those that
+//! do not wake any more.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -113,10 +114,11 @@ impl Watchdog {
             }
         }
         self.late.say_due(now);
-        let calm = self.watches.values().all(|watched| watched.told == Told::Healthy);
-        // While nobody has anything to do, or there is nobody, nobody is late.
+        let calm = self.watches.values().all(|watched| watched.told == Told::Healthy && !watched.watch.has_doubts());
+        // While nobody has anything to do nobody is late, except in waking; and where there is nobody, nobody is.
         let doze = calm && self.lookout.doze(watched.into_iter());
-        let next = if doze { now + FAR } else { next };
+        let rest = self.watches.values().map(|watched| watched.watch.rest_limit()).min();
+        let next = if doze { now + rest.unwrap_or(FAR) } else { next };
         self.next = Some(self.late.due().map_or(next, |due| next.min(due)));
         events
     }
@@ -157,8 +159,8 @@ impl Watchdog {
                 }
                 Event::Stalled { slot, generation }
             }
-            Verdict::Starved { busy } => {
-                watched.said |= self.late.say_starved(slot, generation, stage, busy, now);
+            Verdict::Starved { late } => {
+                watched.said |= self.late.say_starved(slot, generation, stage, late, now);
                 Event::Starved { slot, generation }
             }
         };

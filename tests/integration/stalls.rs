@@ -395,7 +395,7 @@ fn a_server_told_to_abort_on_a_hang_does() {
 }
 
 #[test]
-fn nobody_looks_at_a_server_with_nothing_to_do_and_a_stall_after_that_is_found() {
+fn a_server_with_nothing_to_do_is_hardly_looked_at_and_a_stall_after_that_is_found() {
     let arguments = ["--executors", "2", "--chaos"];
     let mut server = spawn(&[], &arguments);
     eventually("the supervisor sleeps", || {
@@ -450,15 +450,19 @@ fn a_start_up_that_keeps_its_thread_is_told_of() {
     drop(settle(started).expect("it starts when it is let"));
 }
 
+/// The number of the executor that has said this for `/whoami`.
+fn executor_of(text: &str) -> usize {
+    let number = text.split("\"executor\":").nth(1).and_then(|rest| rest.split(',').next());
+    number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("no executor in {text}"))
+}
+
 /// One that computes for long and loses its CPU meanwhile is not what a turn without an end is.
 #[test]
 fn an_executor_that_is_stopped_in_a_turn_is_starved_and_never_replaced() {
     let limits = ["--stall-limit", "1500", "--hang-timeout", "0.5"];
     let mut server = spawn(&[], &[&["--executors", "2", "--chaos"], &limits[..]].concat());
     let mut client = server.connect();
-    let text = client.get("/whoami").text().to_owned();
-    let number = text.split("\"executor\":").nth(1).and_then(|rest| rest.split(',').next());
-    let thread = format!("ringleader-{}", number.unwrap_or_else(|| panic!("no executor in {text}")));
+    let thread = format!("ringleader-{}", executor_of(client.get("/whoami").text()));
     let before = server.cpu_time();
     client.ask("/chaos/spin?ms=3000");
     eventually("it computes", || server.cpu_time() > before + Duration::from_millis(50));
@@ -476,4 +480,25 @@ fn an_executor_that_is_stopped_in_a_turn_is_starved_and_never_replaced() {
     let ended = server.wait();
     ended.expect(0, &["drained=true"]);
     assert!(!ended.printed.contains("hangs") && !ended.printed.contains("is stalled"), "{}", ended.printed);
+}
+
+/// It has no turn that could be late, and nobody else has anything to do, so that nobody would look.
+#[test]
+fn clients_of_an_executor_that_is_stopped_in_its_sleep_are_answered_by_another() {
+    let mut server = spawn(&[], &["--executors", "2"]);
+    let stopped = Stopped::thread(server.id(), "ringleader-1");
+    let mut clients: Vec<_> = (0..20).map(|_| server.connect()).collect();
+    clients.iter_mut().for_each(|client| client.ask("/whoami"));
+    for client in &mut clients {
+        assert_eq!(executor_of(client.answer().text()), 0);
+    }
+    server.wait_for_line("an executor gets no CPU: new connections go elsewhere");
+    for _ in 0..20 {
+        assert_eq!(executor_of(server.connect().get("/whoami").text()), 0);
+    }
+    drop(stopped);
+    server.wait_for_line("the executor has come back");
+    eventually("it answers again", || executor_of(server.connect().get("/whoami").text()) == 1);
+    server.signal(libc::SIGTERM);
+    server.wait().expect(0, &["drained=true"]);
 }

@@ -83,8 +83,8 @@ fn a_thread_that_is_ready_and_gets_no_cpu_is_starved() {
     let mut told = Told::new();
     // The kernel counts the wait when it ends, so there is no run delay yet.
     assert_eq!(told.again(3, 25, 0, Runnable, 0), Verdict::Healthy);
-    assert_eq!(told.then(25, 0, Runnable, 0), Verdict::Starved { busy: ms(100) });
-    assert_eq!(told.again(90, 25, 1, Runnable, 24), Verdict::Starved { busy: ms(2350) });
+    assert_eq!(told.then(25, 0, Runnable, 0), Verdict::Starved { late: ms(100) });
+    assert_eq!(told.again(90, 25, 1, Runnable, 24), Verdict::Starved { late: ms(2350) });
     // What it has computed by now would have been late on a machine of its own, too.
     assert!(matches!(told.again(10, 25, 1, Runnable, 24), Verdict::Stalled { own } if own == ms(100)));
 }
@@ -93,20 +93,20 @@ fn a_thread_that_is_ready_and_gets_no_cpu_is_starved() {
 fn a_cgroup_that_is_throttled_is_starved_until_the_turn_has_used_what_it_may() {
     let mut told = Told::new();
     // 20 of every 100 ms.
-    assert_eq!(told.again(10, 25, 5, Runnable, 20), Verdict::Starved { busy: ms(250) });
+    assert_eq!(told.again(10, 25, 5, Runnable, 20), Verdict::Starved { late: ms(250) });
     assert!(matches!(told.again(30, 25, 5, Runnable, 20), Verdict::Stalled { .. }));
 }
 
 #[test]
 fn a_thread_that_sleeps_for_an_instant_between_waits_for_the_cpu_is_starved() {
     let mut told = Told::new();
-    assert_eq!(told.again(8, 25, 0, Blocked, 24), Verdict::Starved { busy: ms(200) });
+    assert_eq!(told.again(8, 25, 0, Blocked, 24), Verdict::Starved { late: ms(200) });
 }
 
 #[test]
 fn a_thread_that_is_stopped_is_starved_and_time_without_a_watch_is_not_its_own() {
     let mut told = Told::new();
-    assert_eq!(told.again(8, 25, 0, Stopped, 0), Verdict::Starved { busy: ms(200) });
+    assert_eq!(told.again(8, 25, 0, Stopped, 0), Verdict::Starved { late: ms(200) });
 
     // The whole process, watch and all, is stopped for a minute in the middle of a turn that has just begun.
     let mut told = Told::new();
@@ -136,8 +136,60 @@ fn short_turns_are_healthy_however_many_and_cost_no_look_at_proc() {
         assert_eq!(told.then(40, 40, Runnable, 0), Verdict::Healthy);
     }
     told.turn = None;
-    assert_eq!(told.again(100, 25, 0, Blocked, 0), Verdict::Healthy);
+    assert_eq!(told.again(100, 25, 1, Blocked, 0), Verdict::Healthy);
     assert_eq!(told.asked, 0);
+}
+
+/// What sleeps wakes by itself within this.
+fn rest() -> u64 {
+    Watch::new(LIMIT).rest_limit().as_millis() as u64
+}
+
+#[test]
+fn a_sleep_without_end_is_starved_until_the_thread_runs() {
+    for turn in [true, false] {
+        let mut told = Told::new();
+        told.turn = None;
+        assert_eq!(told.then(25, 1, Blocked, 0), Verdict::Healthy);
+        assert_eq!(told.then(rest() - 1, 0, Stopped, 0), Verdict::Healthy);
+        assert!(!told.watch.has_doubts());
+        assert_eq!(told.then(1, 0, Stopped, 0), Verdict::Healthy, "all may have stood still");
+        assert!(told.watch.has_doubts());
+        assert_eq!(told.watch.next_look(told.now), told.now + LIMIT / 4);
+        assert_eq!(told.then(25, 0, Stopped, 0), Verdict::Starved { late: ms(rest() + 25) });
+        assert_eq!(told.watch.next_look(told.now), told.now + LIMIT / 10);
+        assert_eq!(told.then(60_000, 0, Stopped, 0), Verdict::Starved { late: ms(rest() + 60_025) });
+        if turn {
+            told.new_turn();
+        }
+        let cpu = if turn { 0 } else { 1 };
+        assert_eq!(told.then(10, cpu, Runnable, 0), Verdict::Recovered { after: ms(rest() + 60_035) });
+        assert!(!told.watch.has_doubts());
+        assert_eq!(told.then(10, cpu, Runnable, 0), Verdict::Healthy);
+    }
+}
+
+#[test]
+fn a_sleeper_that_wakes_in_time_is_healthy_however_rarely_it_is_looked_at() {
+    let mut told = Told::new();
+    told.turn = None;
+    assert_eq!(told.again(20, rest(), 1, Blocked, 0), Verdict::Healthy);
+    // The watch runs first after all have stood still.
+    assert_eq!(told.then(rest() * 2, 0, Blocked, 0), Verdict::Healthy);
+    assert_eq!(told.then(25, 1, Blocked, 0), Verdict::Healthy);
+    // And after a minute of that.
+    assert_eq!(told.again(2, 60_000, 0, Blocked, 0), Verdict::Healthy);
+    assert_eq!(told.then(25, 0, Blocked, 0), Verdict::Healthy);
+}
+
+#[test]
+fn a_sleep_after_a_late_turn_is_a_new_beginning() {
+    let mut told = Told::new();
+    assert!(matches!(told.again(8, 25, 0, Runnable, 0), Verdict::Starved { .. }));
+    told.turn = None;
+    assert_eq!(told.then(10, 0, Blocked, 0), Verdict::Recovered { after: ms(200) });
+    assert_eq!(told.then(rest() - 1, 0, Blocked, 0), Verdict::Healthy);
+    assert!(!told.watch.has_doubts());
 }
 
 #[test]
