@@ -109,7 +109,8 @@ impl Watch {
     /// where `/proc` does not tell, and then a blocked executor cannot be told from a starved one and counts as starved.
     pub(super) fn look(&mut self, reading: Reading, scheduling: impl FnOnce() -> Option<Scheduling>) -> Verdict {
         let Reading { now, busy, cpu } = reading;
-        let sleep = if busy.is_none() { self.rest_on(now, cpu) } else { self.rest.take().and_then(|rest| rest.end(now)) };
+        let sleep =
+            if busy.is_none() { self.rest_on(now, cpu) } else { self.rest.take().and_then(|rest| rest.end(now)) };
         if let Some(verdict) = sleep {
             return verdict;
         }
