@@ -92,7 +92,7 @@ pub enum ExecutorState {
     Serving,
     /// One turn takes longer than [`Builder::stall_limit`](crate::Builder::stall_limit): new connections go elsewhere.
     Stalled,
-    /// The same, but because its thread gets no CPU.
+    /// The same, but because its thread gets no CPU; or it does not wake from its sleep, for the same reason.
     Starved,
     /// It finishes what is running.
     Draining,

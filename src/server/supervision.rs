@@ -98,7 +98,8 @@ impl Builder {
 
     /// How long one turn of an executor may take. Beyond it the executor is stalled: new connections go to others, and
     /// those in its queue are handed to others. Default 100 ms: what a user takes for at once, and far above what a busy
-    /// machine keeps a thread waiting. At least 1 ms.
+    /// machine keeps a thread waiting. At least 1 ms. An executor that sleeps wakes within a second; one that is later by this
+    /// limit has no CPU, and new connections go to others as well.
     pub fn stall_limit(mut self, limit: Duration) -> Self {
         self.policy.stall_limit = limit;
         self

@@ -24,12 +24,13 @@ pub enum Event {
     /// much CPU. Counts for a generation that serves; a start that takes long has a limit of its own, and so have a drain
     /// and a stop: nobody waits for what would come after.
     Stalled { slot: u16, generation: u32 },
-    /// It has been busy for as long, but its thread got no CPU: stopped by a signal, throttled, or crowded out. It gets no
-    /// new connections either, but is never replaced, and does not make the server not ready: what throttles one
-    /// executor throttles those of other machines as well, and sending the traffic there only moves it about. May turn
-    /// into `Stalled`, and back; the time that counts as a hang is that of `Stalled` alone.
+    /// It has been busy for as long, or asleep for longer than it means to be, but its thread got no CPU: stopped by a
+    /// signal, throttled, or crowded out. It gets no new connections either, but is never replaced, and does not make the
+    /// server not ready: what throttles one executor throttles those of other machines as well, and sending the traffic
+    /// there only moves it about. May turn into `Stalled`, and back; the time that counts as a hang is that of `Stalled`
+    /// alone.
     Starved { slot: u16, generation: u32 },
-    /// The turn has ended: it is as before.
+    /// The turn or the sleep has ended: it is as before.
     Recovered { slot: u16, generation: u32 },
     /// How busy the slots were, once each [`Scaling::period`]. Slots without an executor may be left out.
     Load { samples: Vec<SlotLoad> },

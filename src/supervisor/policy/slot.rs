@@ -253,7 +253,7 @@ impl State {
 }
 
 impl Health {
-    /// One that has just been found busy for too long, with all of its patience left.
+    /// One that has just been found busy or asleep for too long, with all of its patience left.
     pub(super) fn starved(config: &Config, now: Instant) -> Self {
         let left = |limit: Duration| limit.saturating_sub(config.stall_limit);
         Self::Starved {
