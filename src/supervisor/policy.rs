@@ -138,6 +138,12 @@ impl Policy {
         if self.phase == Phase::Exited {
             return Vec::new();
         }
+        self.take_in(event, now);
+        self.settle();
+        std::mem::take(&mut self.actions)
+    }
+
+    fn take_in(&mut self, event: Event, now: Instant) {
         match event {
             Event::Start => self.start(now),
             Event::Ready { slot, generation } => self.ready(slot, generation, now),
@@ -154,9 +160,8 @@ impl Policy {
             Event::SuccessorFailed { successor } => self.successor_failed(successor),
             Event::Stop(mode) => self.stop(mode, now),
             Event::Tick => self.tick(now),
+            Event::Together(events) => events.into_iter().for_each(|event| self.take_in(event, now)),
         }
-        self.settle();
-        std::mem::take(&mut self.actions)
     }
 
     /// When to send the next [`Event::Tick`] if nothing else happens. `None`: nothing is pending.

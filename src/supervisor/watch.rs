@@ -34,6 +34,10 @@ pub(super) enum Verdict {
     Recovered { after: Duration },
 }
 
+/// Who is late is given this long to be seen at work, once a look has found it: a limit of a few milliseconds would leave less
+/// than a loaded machine takes to give a thread its CPU back. A quarter of the default limit.
+const PATIENCE_MIN: Duration = Duration::from_millis(25);
+
 /// What one look at an executor can see without asking the kernel about its thread.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reading {
@@ -97,7 +101,12 @@ impl Watch {
 
     /// Sleeps of up to this long are in order, and looks that are no rarer find those that are not.
     pub(super) fn rest_limit(&self) -> Duration {
-        REST_MAX + self.limit
+        REST_MAX + self.limit.max(PATIENCE_MIN)
+    }
+
+    /// How long a sleep that is too long is looked at until it is judged.
+    fn rest_patience(&self) -> Duration {
+        (self.limit / 4).max(PATIENCE_MIN)
     }
 
     /// Whether a sleep is too long: the next look is not to be put off.
@@ -135,7 +144,7 @@ impl Watch {
 
     /// What is to be said of a sleep: whether it has become too long, or is over.
     fn rest_on(&mut self, now: Instant, cpu: Duration) -> Option<Verdict> {
-        let (limit, patience) = (self.rest_limit(), self.limit / 4);
+        let (limit, patience) = (self.rest_limit(), self.rest_patience());
         let fresh = || Rest { since: now, last_look: now, cpu, late_since: None, starved: false };
         let rest = self.rest.get_or_insert_with(fresh);
         // After a long absence of the watch itself the executor is given the time to wake that it had no chance to use.
@@ -160,7 +169,7 @@ impl Watch {
         let Some(turn) = &self.turn else {
             return match &self.rest {
                 Some(Rest { starved: true, .. }) => now + self.limit / 10,
-                Some(Rest { late_since: Some(_), .. }) => now + self.limit / 4,
+                Some(Rest { late_since: Some(_), .. }) => now + self.rest_patience(),
                 _ => now + self.limit * 3 / 4,
             };
         };
@@ -190,6 +199,10 @@ impl Turn {
         };
         // After a long absence of the watch itself (the process was stopped, say) the present state tells nothing.
         let away = passed > limit * 3;
+        if away && self.late.is_none() {
+            // And the executor is given the time to end its turn that it had no chance to use.
+            self.first_look = look.at;
+        }
         let blocked = match scheduling.map(|scheduling| scheduling.state) {
             Some(ThreadState::Blocked) if !away => idle - waited,
             _ => Duration::ZERO,

@@ -88,16 +88,16 @@ impl Watchdog {
         self.watches.remove(&slot);
     }
 
-    /// What there is to tell the policy.
+    /// What there is to tell the policy: of all executors together.
     pub(super) fn look(
         &mut self,
         seats: &[Arc<SlotSeat>],
         slots: impl Iterator<Item = SlotStatus>,
         now: Instant,
-    ) -> Vec<Event> {
+    ) -> Option<Event> {
         let due = self.next.is_none_or(|next| next <= now);
         if !due {
-            return Vec::new();
+            return None;
         }
         let mut next = now + FAR;
         let mut events = Vec::new();
@@ -120,7 +120,7 @@ impl Watchdog {
         let rest = self.watches.values().map(|watched| watched.watch.rest_limit()).min();
         let next = if doze { now + rest.unwrap_or(FAR) } else { next };
         self.next = Some(self.late.due().map_or(next, |due| next.min(due)));
-        events
+        (!events.is_empty()).then_some(Event::Together(events))
     }
 
     /// What there is to tell of one executor, and when to look at it again.

@@ -15,6 +15,9 @@ use super::bpf::{self, SharedWords};
 #[repr(align(128))]
 struct Line(AtomicU64);
 
+/// Where in a slot's value the steering program counts what it has sent to an executor that sleeps: in bytes, the second word.
+pub const SENT_AT: usize = 8;
+
 /// From one slot's heartbeat to the next, in a map too.
 const WORDS_PER_SLOT: usize = size_of::<Line>() / 8;
 
@@ -79,6 +82,7 @@ impl Heartbeat {
     pub fn disown(&self) {
         // A beat that is under way comes through, and lasts to the next one of the successor.
         self.owned.store(false, Ordering::SeqCst);
+        self.forget_sent();
         self.line().store(0, Ordering::Relaxed);
     }
 
@@ -102,7 +106,18 @@ impl Heartbeat {
 
     /// There is nothing to do, or nobody to do it.
     pub fn asleep(&self) {
+        // Before, or the program might find the count of the sleep before. What it counts meanwhile may be lost.
+        if self.owned.load(Ordering::Relaxed) {
+            self.forget_sent();
+        }
         self.beat(0);
+    }
+
+    /// The program counts anew what it sends to one that sleeps.
+    fn forget_sent(&self) {
+        if let Memory::Map(words) = &self.all.memory {
+            words[WORDS_PER_SLOT * usize::from(self.slot) + SENT_AT / 8].store(0, Ordering::Relaxed);
+        }
     }
 
     /// How long the executor has been busy with one turn; `None` when it sleeps.

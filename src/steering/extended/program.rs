@@ -10,8 +10,13 @@
 //! 7 times: slot = the owner of entries[base + position]; if fresh(slot) and select(slot): done; position += 1
 //! select(first), or leave it to the kernel's hash over all members
 //!
-//! fresh(slot) = since[slot] == 0 or since[slot] >= now - stale_after
+//! fresh(slot) = since[slot] >= now - stale_after, or since[slot] == 0 (it sleeps) and ++sent[slot] <= 64
 //! ```
+//! One that sleeps wakes for the first connection and counts from there (`sys/heartbeats.rs`), unless nobody gives it a CPU.
+//! Where a machine stands still and all who were at work are stale, those that slept when it began would get everything: 3 s
+//! of new connections in one queue, and a quarter of a minute of work for one executor while the others had none. The bound
+//! is by number and not by time since a handshake takes as long as the client is far away.
+//!
 //! After the first choice it goes from entry to entry instead of choosing anew: so it finds a fresh slot for certain
 //! among up to seven, and of two slots with one stale no connection meets that one. It starts from another number, so
 //! that what a stale slot does not get is spread over all and not on its neighbour. If all it looked at are stale the
@@ -21,6 +26,7 @@ use super::assembler::{Assembler, Condition, Label, Operation, Register, Width};
 use crate::steering::Draw;
 use crate::steering::hash::{MIX_ONE, MIX_TWO, SPREAD};
 use crate::sys::bpf::Instruction;
+use crate::sys::heartbeats::SENT_AT;
 use Condition::{Below, Equal, NotEqual, SignedBelow};
 use Operation::{Add, And, Move, Move32, Multiply, Multiply32, ShiftLeft, ShiftRight, ShiftRight32, Subtract, Xor32};
 use Register::{Frame, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9};
@@ -32,6 +38,9 @@ pub(super) const HEADER: u32 = 0;
 pub(super) const STALE_AFTER: u32 = 1;
 /// Where entries begin, on a cache line of their own.
 pub(super) const ENTRIES: u32 = 8;
+
+/// Connections for one that sleeps, until it has been awake: as many as it accepts in its first turn.
+const SENT_MAX: u32 = 64;
 
 /// Slots looked at before the first choice stands: that one, and seven more.
 const TRIES: u32 = 8;
@@ -53,6 +62,9 @@ const FIRST: i16 = -16;
 const NUMBER: i16 = -24;
 const LENGTH: i16 = -32;
 const PACKET: i16 = -48;
+
+/// Within a slot's heartbeat.
+const SENT: i16 = SENT_AT as i16;
 
 /// What a program works with: descriptors of maps.
 pub(super) struct Plan {
@@ -112,12 +124,17 @@ pub(super) fn program(plan: &Plan) -> Vec<Instruction> {
 
 /// The value with the key that is on the stack, its first eight bytes, into R0.
 fn look_up(code: &mut Assembler, map: i32, without: Label) {
+    find(code, map, without);
+    code.load(Double, R0, R0, 0);
+}
+
+/// Where the value with the key that is on the stack is, into R0.
+fn find(code: &mut Assembler, map: i32, without: Label) {
     code.map(R1, map);
     code.register(Move, R2, Frame);
     code.constant(Add, R2, i32::from(KEY).cast_unsigned());
     code.call(MAP_LOOKUP_ELEM);
     code.jump_if(R0, Equal, 0, without);
-    code.load(Double, R0, R0, 0);
 }
 
 fn look_up_constant(code: &mut Assembler, map: i32, key: u32, without: Label) {
@@ -262,10 +279,19 @@ fn next_position(code: &mut Assembler) {
 
 /// Ends the program if the slot that is the key is not stale and has a listener; goes on otherwise.
 fn select_if_fresh(code: &mut Assembler, plan: &Plan) {
-    let (fresh, next) = (code.label(), code.label());
-    look_up(code, plan.heartbeats, next);
-    code.jump_if(R0, Equal, 0, fresh);
-    code.jump_if_register(R0, SignedBelow, R9, next);
+    let (awake, fresh, next) = (code.label(), code.label(), code.label());
+    find(code, plan.heartbeats, next);
+    code.load(Double, R1, R0, 0);
+    code.jump_if(R1, NotEqual, 0, awake);
+    // Two CPUs may count one connection for two: the bound is a rough one.
+    code.load(Double, R1, R0, SENT);
+    code.constant(Move, R2, SENT_MAX - 1);
+    code.jump_if_register(R2, Below, R1, next);
+    code.constant(Add, R1, 1);
+    code.store(Double, R0, SENT, R1);
+    code.jump(fresh);
+    code.place(awake);
+    code.jump_if_register(R1, SignedBelow, R9, next);
     code.place(fresh);
     select(code, plan);
     code.jump_if(R0, NotEqual, 0, next);

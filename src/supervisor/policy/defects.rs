@@ -59,6 +59,7 @@ pub(super) enum Defect {
     NoReversalPenalty,
     OneSampleIsEnough,
     StalledAreIdle,
+    OneByOne,
 }
 
 const NEVER: Duration = Duration::from_secs(1_000_000_000);
@@ -76,6 +77,9 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
         return Vec::new();
     }
     let event = match (defect, event) {
+        (Defect::OneByOne, Event::Together(events)) => {
+            return events.into_iter().flat_map(|event| policy.step(event, now)).collect();
+        }
         (Defect::BelieveStale, event) => believe(policy, event),
         (Defect::StalledAreIdle, Event::Load { mut samples }) => {
             samples.retain(|load| policy.slots[usize::from(load.slot)].state.is_active());
@@ -85,9 +89,10 @@ pub(super) fn step(policy: &mut Policy, defect: Option<Defect>, event: Event, no
             Event::Ended { slot, generation, how: End::StartFailed }
         }
         (Defect::ShortageIsACrash, Event::ThreadRefused { slot, thread }) => Event::ThreadDied { slot, thread },
-        (Defect::ForgetRecovery, Event::Recovered { .. }) => Event::Tick,
-        (Defect::ReplaceStarved, Event::Starved { slot, generation }) => Event::Stalled { slot, generation },
-        (_, event) => event,
+        (Defect::ForgetRecovery | Defect::ReplaceStarved, Event::Together(events)) => {
+            Event::Together(events.into_iter().map(|event| misread(defect, event)).collect())
+        }
+        (defect, event) => misread(defect, event),
     };
     let leaked: Vec<(u16, u32)> =
         policy.slots.iter().flat_map(|slot| slot.leaked.iter().map(|leaked| (slot.index, leaked.thread))).collect();
@@ -140,6 +145,14 @@ fn spoil_before(policy: &mut Policy, defect: Defect, event: &Event, now: Instant
         if let (Defect::NeverHealthy, State::Ready { since, .. }) = (defect, &mut slot.state) {
             *since = now;
         }
+    }
+}
+
+fn misread(defect: Defect, event: Event) -> Event {
+    match (defect, event) {
+        (Defect::ForgetRecovery, Event::Recovered { .. }) => Event::Tick,
+        (Defect::ReplaceStarved, Event::Starved { slot, generation }) => Event::Stalled { slot, generation },
+        (_, event) => event,
     }
 }
 

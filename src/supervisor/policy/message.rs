@@ -52,6 +52,10 @@ pub enum Event {
     Stop(StopMode),
     /// A deadline may have passed. Harmless at any time.
     Tick,
+    /// What was found in one look: taken in in this order, and what follows from the slots' states is decided once, after the
+    /// last. Where all executors are late together, deciding after each would shrink the table to the one that is looked at
+    /// last, and hand it the queues of the others.
+    Together(Vec<Event>),
 }
 
 /// How busy a slot was since the last sample.

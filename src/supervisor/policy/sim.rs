@@ -72,6 +72,7 @@ fn assert_nothing_was_missed(seen: &BTreeMap<&'static str, u64>) {
         "stale",
         "stop while starting",
         "stalled, not ready",
+        "all late together",
         "condemned",
         "aborted",
         "hangs",
@@ -121,7 +122,7 @@ caught! {
     catches_a_shortage_taken_for_a_crash: ShortageIsACrash by "slot comes back" | "backoff" | "quarantine";
     catches_a_shortage_that_is_tried_at_once: TryShortageAtOnce by "backoff" | "deadline";
     catches_a_missing_quarantine: NeverQuarantine by "quarantine";
-    catches_a_start_in_quarantine: StartQuarantined by "start in quarantine";
+    catches_a_start_in_quarantine: StartQuarantined by "start in quarantine" | "one exit";
     catches_a_start_after_stop: StartAfterStop by "start after stop" | "one exit";
     catches_a_dropped_exit: DropExit by "exit";
     catches_a_second_exit: ExitTwice by "one exit";
@@ -144,6 +145,7 @@ caught! {
     catches_a_rescue_during_a_stop: RescueInStop by "rescue";
     catches_a_missing_last_rescue: NoLastRescue by "rescue";
     catches_a_stalled_slot_in_the_table: KeepStalledInTable by "table";
+    catches_a_table_made_in_the_middle_of_a_look: OneByOne by "table";
     catches_a_forgotten_recovery: ForgetRecovery by "table" | "stale";
     catches_a_starved_one_replaced: ReplaceStarved by "hang" | "stale" | "readiness";
     catches_a_hang_that_is_never_struck: HangNeverStruck by "hang";

@@ -47,6 +47,12 @@ impl Bench {
         self.step(Event::Starved { slot, generation })
     }
 
+    /// All of them in one look.
+    fn look(&mut self, found: impl Fn(u16, u32) -> Event, slots: impl IntoIterator<Item = u16>) -> Vec<Action> {
+        let found = slots.into_iter().map(|slot| found(slot, self.generation(slot))).collect();
+        self.step(Event::Together(found))
+    }
+
     fn recovered(&mut self, slot: u16) -> Vec<Action> {
         let generation = self.generation(slot);
         self.step(Event::Recovered { slot, generation })
@@ -418,6 +424,20 @@ fn while_nobody_is_active_the_table_stands_and_nothing_is_rescued() {
     assert_eq!(bench.starved(1), [Action::Rescue(vec![])]);
     assert_eq!(bench.policy.table, [1]);
     assert_eq!(bench.recovered(0), [Action::SetActive(vec![0]), Action::Rescue(vec![1])]);
+}
+
+#[test]
+fn when_all_are_late_in_one_look_the_table_stands_with_all_of_them() {
+    let starved = |slot, generation| Event::Starved { slot, generation };
+    let recovered = |slot, generation| Event::Recovered { slot, generation };
+    let mut bench = Bench::started(4);
+    assert_eq!(bench.look(starved, 0..4), []);
+    assert_eq!(bench.policy.table, [0, 1, 2, 3]);
+    assert_eq!(bench.look(recovered, 0..4), []);
+    // Of those that come back the first are found together as well, and so is who is late for longer.
+    bench.look(starved, 0..4);
+    assert_eq!(bench.look(recovered, [1, 2]), [Action::SetActive(vec![1, 2]), Action::Rescue(vec![0, 3])]);
+    assert_eq!(bench.look(recovered, [0, 3]), [Action::SetActive(vec![0, 1, 2, 3]), Action::Rescue(vec![])]);
 }
 
 #[test]

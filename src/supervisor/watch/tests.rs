@@ -111,7 +111,15 @@ fn a_thread_that_is_stopped_is_starved_and_time_without_a_watch_is_not_its_own()
     // The whole process, watch and all, is stopped for a minute in the middle of a turn that has just begun.
     let mut told = Told::new();
     told.then(5, 5, Runnable, 0);
-    assert!(matches!(told.then(60_000, 0, Blocked, 0), Verdict::Starved { .. }));
+    assert_eq!(told.then(60_000, 0, Blocked, 0), Verdict::Healthy, "it had no chance to end the turn");
+    assert_eq!(told.then(20, 0, Runnable, 0), Verdict::Healthy);
+    assert!(matches!(told.then(5, 0, Runnable, 0), Verdict::Starved { .. }));
+    // It is the same if it goes on at once.
+    let mut told = Told::new();
+    told.then(5, 5, Runnable, 0);
+    assert_eq!(told.then(60_000, 0, Runnable, 0), Verdict::Healthy);
+    told.new_turn();
+    assert_eq!(told.then(20, 0, Runnable, 0), Verdict::Healthy);
     // Or of one that was stalled: the minute does not bring it nearer to being replaced.
     let mut told = Told::new();
     told.again(10, 25, 25, Runnable, 0);
@@ -180,6 +188,19 @@ fn a_sleeper_that_wakes_in_time_is_healthy_however_rarely_it_is_looked_at() {
     // And after a minute of that.
     assert_eq!(told.again(2, 60_000, 0, Blocked, 0), Verdict::Healthy);
     assert_eq!(told.then(25, 0, Blocked, 0), Verdict::Healthy);
+}
+
+#[test]
+fn a_small_limit_leaves_a_sleeper_time_to_be_given_its_cpu_back() {
+    let mut told = Told::new();
+    told.watch = Watch::new(ms(1));
+    told.turn = None;
+    told.then(1, 1, Blocked, 0);
+    assert_eq!(told.watch.rest_limit(), REST_MAX + PATIENCE_MIN);
+    assert_eq!(told.then(told.watch.rest_limit().as_millis() as u64, 0, Blocked, 0), Verdict::Healthy);
+    assert_eq!(told.watch.next_look(told.now), told.now + PATIENCE_MIN);
+    assert_eq!(told.then(24, 0, Blocked, 0), Verdict::Healthy);
+    assert!(matches!(told.then(1, 0, Blocked, 0), Verdict::Starved { .. }));
 }
 
 #[test]

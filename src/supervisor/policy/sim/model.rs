@@ -135,6 +135,8 @@ pub(super) struct Model {
     pub(super) reattach_due: bool,
     pub(super) listeners_closed: bool,
     pub(super) table: Vec<u16>,
+    /// As it was before the last event.
+    pub(super) table_before: Vec<u16>,
     pub(super) rescue: Vec<u16>,
     pub(super) readiness: Readiness,
     pub(super) aborted: bool,
@@ -186,6 +188,7 @@ impl Model {
             reattach_due: false,
             listeners_closed: false,
             table: Vec::new(),
+            table_before: Vec::new(),
             rescue: Vec::new(),
             readiness: Readiness::NotReady(NotReady::Starting),
             aborted: false,
@@ -195,6 +198,10 @@ impl Model {
 
     pub(super) fn generation(&self, slot: u16) -> u32 {
         self.slots[usize::from(slot)].generation
+    }
+
+    pub(super) fn slots(&self) -> std::ops::Range<u16> {
+        0..self.slots.len() as u16
     }
 
     pub(super) fn pass_time(&mut self, now: Instant, late: Duration) {
@@ -237,6 +244,11 @@ impl Model {
 
     pub(super) fn observe(&mut self, event: &Event) {
         self.event = event.clone();
+        self.table_before.clone_from(&self.table);
+        self.happens(event);
+    }
+
+    fn happens(&mut self, event: &Event) {
         match *event {
             Event::Start if self.target == 0 => {
                 let (min, max) = self.scaling_bounds();
@@ -293,6 +305,7 @@ impl Model {
             },
             Event::Stop(mode) => self.stop_asked(mode),
             Event::Tick => self.tick(),
+            Event::Together(ref events) => events.iter().for_each(|event| self.happens(event)),
             Event::Start | Event::Load { .. } => {}
         }
     }

@@ -70,6 +70,9 @@ impl Model {
         let anybody = self.serves() && !active.is_empty();
         if anybody {
             rule("table", self.table == active, (&self.table, &active))?;
+        } else {
+            // The last that was in force: not one made of those that were still to be found late.
+            rule("table", self.table == self.table_before, (&self.table, &self.table_before))?;
         }
         let unattended = slots().filter(|(_, a)| anybody && !a.is_active()).map(|(index, _)| index);
         let rescue: Vec<u16> = unattended.collect();

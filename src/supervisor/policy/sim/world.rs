@@ -129,6 +129,9 @@ impl World {
             };
             self.pass_time_until(next);
             self.deliver_post()?;
+            if self.dice.chance(1) {
+                self.stand_still()?;
+            }
             if deadline.is_some_and(|at| at <= self.now) || self.dice.chance(5) {
                 self.step(Event::Tick)?;
                 self.model.check_after_tick(self.policy.next_deadline())?;
@@ -200,6 +203,27 @@ impl World {
             self.act(&action);
         }
         self.model.check(&self.policy)
+    }
+
+    /// The machine gives nobody any CPU for a while, or what all executors call takes long.
+    fn stand_still(&mut self) -> Result<(), Broken> {
+        self.seen.push("all late together");
+        let stalled = self.dice.chance(50);
+        let mut found = Vec::new();
+        for slot in self.model.slots() {
+            let generation = self.model.generation(slot);
+            // Now and then one is spared.
+            if self.dice.chance(90) {
+                found.push(if stalled {
+                    Event::Stalled { slot, generation }
+                } else {
+                    Event::Starved { slot, generation }
+                });
+            }
+            let at = self.now + self.dice.up_to(Duration::from_secs(2));
+            self.post.push((at, Event::Together(vec![Event::Recovered { slot, generation }])));
+        }
+        self.step(Event::Together(found))
     }
 
     /// What the executors make of an action.
