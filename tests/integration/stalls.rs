@@ -1,5 +1,6 @@
 //! An executor whose handler does not give the thread back: who is served meanwhile, and by whom.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -499,6 +500,44 @@ fn clients_of_an_executor_that_is_stopped_in_its_sleep_are_answered_by_another()
     drop(stopped);
     server.wait_for_line("the executor has come back");
     eventually("it answers again", || executor_of(server.connect().get("/whoami").text()) == 1);
+    server.signal(libc::SIGTERM);
+    server.wait().expect(0, &["drained=true"]);
+}
+
+/// Its heartbeat is the only one that is not stale, and it does not wake either.
+#[test]
+fn what_comes_while_the_process_stands_still_is_not_all_given_to_the_executor_that_slept() {
+    let mut server = spawn(&[], &["--executors", "4", "--chaos", "--stall-limit", "60000"]);
+    if !server.wait_for_line("steering: ").contains("eBPF") {
+        return eprintln!("skipped: without eBPF nobody looks at heartbeats while the process stands still");
+    }
+    let mut at_work = BTreeMap::new();
+    while at_work.len() < 3 {
+        let mut client = server.connect();
+        let executor = executor_of(client.get("/whoami").text());
+        at_work.entry(executor).or_insert(client);
+    }
+    // Until the three are seen to be at work: whoever asks one of them waits, and they have to begin again.
+    loop {
+        at_work.values_mut().for_each(|client| client.ask("/chaos/block?ms=3000"));
+        std::thread::sleep(Duration::from_millis(50));
+        let mut executors = (0..30).map(|_| executor_of(server.connect().get("/whoami").text()));
+        if executors.all(|executor| !at_work.contains_key(&executor)) {
+            break;
+        }
+        at_work.values_mut().for_each(|client| drop(client.answer()));
+    }
+    // It sleeps by then; and if not, what it has said last is stale as well.
+    std::thread::sleep(Duration::from_millis(50));
+    server.signal(libc::SIGSTOP);
+    std::thread::sleep(Duration::from_millis(50));
+    let mut clients: Vec<_> = (0..300).map(|_| server.connect()).collect();
+    clients.iter_mut().for_each(|client| client.ask("/whoami"));
+    server.signal(libc::SIGCONT);
+    let executors: Vec<_> = clients.iter_mut().map(|client| executor_of(client.answer().text())).collect();
+    // Three quarters of what is beyond the first 64: 177, with a standard deviation of 7.
+    let count = executors.iter().filter(|executor| at_work.contains_key(executor)).count();
+    assert!((100..=250).contains(&count), "{count} of 300 went to the three that were at work");
     server.signal(libc::SIGTERM);
     server.wait().expect(0, &["drained=true"]);
 }

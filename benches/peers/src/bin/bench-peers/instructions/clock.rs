@@ -14,6 +14,11 @@ use object::{Object, ObjectSymbol};
 /// about 10 µs.
 pub const NS_PER_INSTRUCTION: u64 = 2;
 
+/// Clocks that move with the kernel's tick, `CLOCK_REALTIME_COARSE` and `CLOCK_MONOTONIC_COARSE`, and how far: as with a
+/// `CONFIG_HZ` of 250. Who asks one whether it has moved is not to be told so each time.
+const COARSE: [u64; 2] = [5, 6];
+const TICK: u64 = 4_000_000;
+
 /// The function through which programs ask.
 const FUNCTION: &str = "__vdso_clock_gettime";
 
@@ -61,7 +66,8 @@ impl Clock {
         let said = self.word(call.time_at)? * 1_000_000_000 + self.word(call.time_at + 8)?;
         let now = instructions * NS_PER_INSTRUCTION;
         let (first, then) = *self.began.entry(call.clock).or_insert((said, now));
-        let time = first + (now - then);
+        let exact = first + (now - then);
+        let time = if COARSE.contains(&call.clock) { exact - exact % TICK } else { exact };
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&(time / 1_000_000_000).to_ne_bytes());
         bytes[8..].copy_from_slice(&(time % 1_000_000_000).to_ne_bytes());
