@@ -175,7 +175,8 @@ mod tests {
         let port = socket::local_addr(listeners[0].as_fd()).unwrap().port();
         let hash = Hash::new(0x5eed_1234);
         let groups = vec![Members { listeners: &listeners, sockets: None }];
-        let mut table = Table::new(Box::new(hash), 6, groups, &Kernel::probe(6, realise)).unwrap();
+        let kernel = Kernel::probe(6, realise);
+        let mut table = Table::new(Box::new(hash), 6, groups, &kernel).unwrap();
         // Weights are not for this policy.
         table.set(active.iter().map(|slot| Share { slot: *slot, weight: 1 + slot })).unwrap();
         let shares: Vec<_> = active.iter().map(|slot| Share { slot: *slot, weight: 1 }).collect();
@@ -197,6 +198,8 @@ mod tests {
             };
             assert_eq!(ready, [usize::from(expected)], "{}", table.realisation());
             socket::accept(fds[ready[0]]).unwrap();
+            // As whoever accepts has been awake: one that sleeps on is passed over after some dozens.
+            kernel.heartbeats().of(expected).asleep();
             used[ready[0]] += 1;
         }
         for (slot, used) in used.into_iter().enumerate() {

@@ -525,4 +525,4 @@ mod arch {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

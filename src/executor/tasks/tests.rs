@@ -136,11 +136,11 @@ fn long_tasks_that_follow_short_ones_interrupt_the_round_as_well() {
     while !tasks.is_between_rounds() {
         poll(&tasks);
     }
-    takes.set(5 * POLLING_MAX);
+    takes.set(50 * POLLING_MAX);
     polled.set(0);
     poll(&tasks);
-    // The coarse clock moves once in 10 ms at the latest (`CONFIG_HZ` is 100 or more).
-    assert!(polled.get() <= 3, "{} tasks of 5 ms each in one turn", polled.get());
+    // The coarse clock moves once in 10 ms (`CONFIG_HZ` is 100 or more), but for where another CPU that keeps it is taken away.
+    assert!(polled.get() <= 3, "{} tasks of 50 ms each in one turn", polled.get());
 }
 
 #[test]

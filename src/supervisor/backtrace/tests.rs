@@ -7,8 +7,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use super::*;
-
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::sys::stack_sample::tests::sample_in_time;
 
 /// Samples a thread in `work`, which returns when the flag is set, until `done` with a sample.
 fn sample_until(work: fn(&AtomicBool), mut done: impl FnMut(StackSample) -> bool) {
@@ -21,7 +20,7 @@ fn sample_until(work: fn(&AtomicBool), mut done: impl FnMut(StackSample) -> bool
         work(&ended);
     });
     let thread = receive.recv().unwrap();
-    while !done(sampler.sample(&thread, PATIENCE).unwrap()) {}
+    while !done(sample_in_time(&sampler, &thread).unwrap()) {}
     end.store(true, Ordering::Relaxed);
     worker.join().unwrap();
 }
