@@ -135,7 +135,7 @@ fn a_deep_stack_is_cut_off() {
     fn deep(levels: usize, sampler: &Sampler) -> StackSample {
         let room = std::hint::black_box([levels; 512]);
         let sample = match levels {
-            0 => sample_in_time(&sampler, &ThreadId::current().unwrap()).unwrap(),
+            0 => sample_in_time(sampler, &ThreadId::current().unwrap()).unwrap(),
             _ => deep(levels - 1, sampler),
         };
         std::hint::black_box(room);
